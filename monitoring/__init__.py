@@ -1,0 +1,1 @@
+"""The eyes: metrics, health and the prequential tally. They see reports only."""

@@ -1,0 +1,263 @@
+"""Reports as Prometheus metrics. Names here are promises: dashboards, alerts and scripts hang on them."""
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    Summary,
+    disable_created_metrics,
+)
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from monitoring.health import STATES
+from streamkd.cohort import SERVED
+from streamkd.report import Report
+
+PHASES = ("predict", "score", "adapt", "recall", "learn", "remember")
+SWAP_REASONS = ("drift", "periodic")
+SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0)
+RECORDS = (1, 4, 16, 64, 256, 1024, 4096)
+PRIORITIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+AGES = (64, 256, 1024, 4096, 16384, 65536, 262144)
+
+
+class Metrics:
+    """All that Prometheus sees of one process, in a registry of its own.
+
+    Every label set that can occur is there from the start, at zero, so that the first event is a rise.
+
+    Args:
+        peers: names, in order.
+        sources: who teaches whom: every (teacher, student) that can occur.
+        feed: name.
+        reasons: for which records can be refused.
+        detector, signal: what is watched for drift.
+        version: of streamkd.
+    """
+
+    def __init__(
+        self,
+        *,
+        peers: Sequence[str],
+        sources: Sequence[tuple[str, str]],
+        feed: str,
+        reasons: Sequence[str],
+        detector: str,
+        signal: str,
+        version: str,
+    ) -> None:
+        disable_created_metrics()
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._define()
+        self.build.labels(version=version, python=platform.python_version(), torch=torch.__version__).set(1)
+        answering = [*peers, SERVED]
+        self._evaluated = {name: self.evaluated.labels(peer=name) for name in answering}
+        self._correct = {name: self.correct.labels(peer=name) for name in answering}
+        parts = ("hard", "soft", "total")
+        self._loss = {(p, c): self.loss.labels(peer=p, component=c) for p in peers for c in parts}
+        self._norm = {name: self.gradient_norm.labels(peer=name) for name in peers}
+        self._nonfinite = {name: self.nonfinite.labels(peer=name, action="skipped") for name in peers}
+        self._temperature = {name: self.temperature.labels(peer=name) for name in peers}
+        self._alpha = {pair: self.alpha.labels(teacher=pair[0], student=pair[1]) for pair in sources}
+        self._divergence = {name: self.divergence.labels(student=name) for name in peers}
+        self._transfer = {name: self.transfer.labels(student=name) for name in peers}
+        self._capacity = {name: self.capacity.labels(student=name) for name in peers}
+        self._teacher = {name: self.teacher.labels(peer=name) for name in peers}
+        self._swaps = {reason: self.swaps.labels(reason=reason) for reason in SWAP_REASONS}
+        self._drifts = self.drifts.labels(detector=detector, signal=signal)
+        self._last_drift = self.last_drift.labels(detector=detector, signal=signal)
+        self._phase = {phase: self.step_duration.labels(phase=phase) for phase in PHASES}
+        self._feed_records = self.feed_records.labels(feed=feed)
+        self._feed_connected = self.feed_connected.labels(feed=feed)
+        self._feed_received = self.feed_received.labels(feed=feed)
+        self._refused = {reason: self.dead_letters.labels(feed=feed, reason=reason) for reason in reasons}
+        self._saves = {result: self.saves.labels(result=result) for result in ("success", "failure")}
+        self._restores = {result: self.restores.labels(result=result) for result in ("success", "fallback")}
+        self._states = {state: self.state.labels(state=state) for state in STATES}
+        self._skipped: dict[str, int] = {}
+        self._joined = self._expired = 0
+        self._seen_refused: dict[str, int] = {}
+
+    def _define(self) -> None:
+        registry = self.registry
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"streamkd_{name}", text, labels, registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"streamkd_{name}", text, labels, registry=registry)
+
+        def summary(name: str, text: str, *labels: str) -> Summary:
+            return Summary(f"streamkd_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
+            return Histogram(f"streamkd_{name}", text, labels, buckets=buckets, registry=registry)
+
+        self.build = gauge("build_info", "Versions, as labels; always 1.", "version", "python", "torch")
+        self.state = gauge("state", "1 for the state that the process is in.", "state")
+        self.feed_records = counter("feed_records_total", "Records received and decoded.", "feed")
+        self.feed_connected = gauge("feed_connected", "1 while the feed can be read.", "feed")
+        self.feed_received = gauge(
+            "feed_last_record_received_timestamp_seconds", "When the last record came.", "feed"
+        )
+        self.dead_letters = counter("dead_letter_records_total", "Records that could not be used.", "feed", "reason")
+        self.steps = counter("steps_total", "Batches that went through the engine.")
+        self.trained = counter("trained_records_total", "Labelled records that were learned.")
+        self.batch_records = histogram("batch_records", "Records a batch.", RECORDS)
+        self.step_duration = histogram("step_duration_seconds", "Time a batch took, by stage.", SECONDS, "phase")
+        self.loss = summary("loss", "What updates minimised, in nats, by part.", "peer", "component")
+        self.evaluated = counter("prequential_evaluated_total", "Answers that were scored.", "peer")
+        self.correct = counter("prequential_correct_total", "Answers that were right.", "peer")
+        self.gradient_norm = summary("gradient_norm", "Norm of the gradient before clipping.", "peer")
+        self.nonfinite = counter("nonfinite_steps_total", "Updates with a gradient not finite.", "peer", "action")
+        self.temperature = gauge("temperature", "How soft the lessons of a student are.", "peer")
+        self.alpha = gauge("alpha", "Weight of the distillation from teacher to student.", "teacher", "student")
+        self.divergence = summary("distill_divergence", "Divergence from the teachers, in nats.", "student")
+        self.compared = counter("peer_compared_total", "Pairs of peers whose answers were compared.")
+        self.agreed = counter("peer_agreed_total", "Pairs of peers that gave the same answer.")
+        self.transfer = gauge(
+            "transfer_efficiency", "Mutual information of the answers over the teacher's entropy.", "student"
+        )
+        self.capacity = gauge("capacity_ratio", "Parameters over the teacher's.", "student")
+        self.teacher = gauge("teacher", "1 for the teacher in office.", "peer")
+        self.swaps = counter("role_swaps_total", "Changes of the teacher in office.", "reason")
+        self.drifts = counter("drift_detections_total", "Alarms.", "detector", "signal")
+        self.last_drift = gauge(
+            "drift_last_detection_timestamp_seconds", "When the last alarm rose.", "detector", "signal"
+        )
+        self.replay_size = gauge("replay_records", "Records in the memory.")
+        self.replay_capacity = gauge("replay_capacity_records", "Records that the memory can hold.")
+        self.replay_priority = BulkHistogram(
+            "streamkd_replay_priority", "Priority of what was recalled.", PRIORITIES, registry
+        )
+        self.replay_age = BulkHistogram(
+            "streamkd_replay_age_records", "Age of what was recalled, in records.", AGES, registry
+        )
+        self.pending = gauge("labels_pending", "Predictions that wait for their labels.")
+        self.joined = counter("labels_joined_total", "Labels that came late and were joined.")
+        self.expired = counter("labels_expired_total", "Predictions given up before their label came.")
+        self.saves = counter("checkpoint_saves_total", "Attempts to save.", "result")
+        self.save_duration = histogram("checkpoint_duration_seconds", "Time to save.", (0.01, 0.03, 0.1, 0.3, 1, 3, 10))
+        self.save_size = gauge("checkpoint_size_bytes", "Size of the last checkpoint.")
+        self.last_save = gauge("checkpoint_last_success_timestamp_seconds", "When the last checkpoint was whole.")
+        self.uncovered = gauge("checkpoint_uncovered_records", "Records since the last checkpoint.")
+        self.restores = counter("checkpoint_restores_total", "Restores at start.", "result")
+
+    def observe(self, report: Report, *, now: float, refused: Mapping[str, int]) -> None:
+        """Take in one batch.
+
+        Args:
+            report: what happened.
+            now: seconds since the epoch.
+            refused: records refused so far, by reason.
+        """
+        self._feed_records.inc(report.size)
+        self._feed_received.set(now)
+        self.steps.inc()
+        self.trained.inc(report.trained)
+        self.batch_records.observe(report.size)
+        self.compared.inc(report.compared)
+        self.agreed.inc(report.agreed)
+        for phase, seconds in report.seconds.items():
+            self._phase[phase].observe(seconds)
+        for name in report.scored.predicted:
+            self._evaluated[name].inc(report.trained)
+            self._correct[name].inc(report.scored.correct(name))
+        self._observe_peers(report)
+        if report.drift:
+            self._drifts.inc(len(report.drift))
+            self._last_drift.set(now)
+        if report.swap is not None:
+            self._swaps[report.swap.reason].inc()
+        self.replay_size.set(report.replay.size)
+        self.replay_capacity.set(report.replay.capacity)
+        self.replay_priority.observe(report.replay.priorities.numpy())
+        self.replay_age.observe(report.replay.ages.numpy())
+        self.pending.set(report.pending)
+        self.joined.inc(report.joined - self._joined)
+        self.expired.inc(report.expired - self._expired)
+        self._joined, self._expired = report.joined, report.expired
+        self.observe_refused(refused)
+
+    def _observe_peers(self, report: Report) -> None:
+        for name, peer in report.peers.items():
+            self._temperature[name].set(peer.temperature)
+            self._transfer[name].set(peer.transfer_efficiency)
+            self._capacity[name].set(peer.capacity_ratio)
+            self._teacher[name].set(name == report.teacher)
+            self._nonfinite[name].inc(peer.skipped - self._skipped.get(name, 0))
+            self._skipped[name] = peer.skipped
+            if report.trained:
+                self._norm[name].observe(peer.gradient_norm)
+                self._divergence[name].observe(peer.divergence)
+                for component in ("hard", "soft", "total"):
+                    self._loss[name, component].observe(getattr(peer, component))
+        for pair, gauge in self._alpha.items():
+            gauge.set(report.alphas.get(pair, 0.0))
+
+    def observe_refused(self, refused: Mapping[str, int]) -> None:
+        """Take in how many records were refused so far, by reason."""
+        for reason, count in refused.items():
+            self._refused[reason].inc(count - self._seen_refused.get(reason, 0))
+            self._seen_refused[reason] = count
+
+    def observe_state(self, state: str) -> None:
+        """Take in the state of the process, and with it whether the feed is being read."""
+        for name, gauge in self._states.items():
+            gauge.set(name == state)
+        self._feed_connected.set(state == "running")
+
+    def observe_save(self, *, seconds: float, size: int, now: float) -> None:
+        """Take in a checkpoint that was saved."""
+        self._saves["success"].inc()
+        self.save_duration.observe(seconds)
+        self.save_size.set(size)
+        self.last_save.set(now)
+
+    def observe_failed_save(self) -> None:
+        """Take in an attempt to save that failed."""
+        self._saves["failure"].inc()
+
+    def observe_restore(self, result: str, *, skipped: Mapping[str, int], joined: int, expired: int) -> None:
+        """Take in a restore: `success`, or `fallback` to an older checkpoint.
+
+        What the engine has counted until then is where this process's counters start.
+        """
+        self._restores[result].inc()
+        self._skipped, self._joined, self._expired = dict(skipped), joined, expired
+
+
+class BulkHistogram(Collector):
+    """A histogram that takes many values in one call."""
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
+        self._name, self._text = name, text
+        self._edges = np.array(buckets, dtype=np.float64)
+        self._counts: NDArray[np.int64] = np.zeros(len(buckets) + 1, dtype=np.int64)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, values: NDArray[np.float64]) -> None:
+        """Take in `values` `[m]`."""
+        places = np.searchsorted(self._edges, values)
+        self._counts += np.bincount(places, minlength=len(self._counts))
+        self._sum += float(values.sum())
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """Return the family, for the registry."""
+        family = HistogramMetricFamily(self._name, self._text)
+        edges = [str(float(edge)) for edge in self._edges] + ["+Inf"]
+        totals = self._counts.cumsum().tolist()
+        family.add_metric([], list(zip(edges, totals, strict=True)), self._sum)
+        yield family
+

@@ -1,0 +1,83 @@
+"""/metrics, /healthz and /readyz on one port, on a thread beside the loop."""
+
+import socket
+import threading
+from types import TracebackType
+from typing import Self
+
+import uvicorn
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from monitoring.health import Health
+from streamkd.errors import ConfigError
+
+
+class Server:
+    """Serves while the `with` block runs.
+
+    Args:
+        host: address to listen on.
+        port: 0 picks a free one, which `port` then tells.
+        registry: for /metrics.
+        health: for /healthz and /readyz.
+
+    Raises:
+        ConfigError: the port is taken, or not for this user.
+    """
+
+    def __init__(self, host: str, port: int, registry: CollectorRegistry, health: Health) -> None:
+        self._registry = registry
+        self._health = health
+        self._socket = _listen(host, port)
+        self.host = host
+        self.port: int = self._socket.getsockname()[1]
+        routes = [
+            Route("/metrics", self._metrics),
+            Route("/healthz", self._healthz),
+            Route("/readyz", self._readyz),
+        ]
+        config = uvicorn.Config(Starlette(routes=routes), log_config=None, access_log=False, lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.should_exit = True
+        self._thread.join(timeout=5)
+        self._socket.close()
+
+    async def _metrics(self, request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(self._registry), headers={"content-type": content_type})
+
+    async def _healthz(self, _: Request) -> JSONResponse:
+        return _answer(self._health.alive(), self._health.state)
+
+    async def _readyz(self, _: Request) -> JSONResponse:
+        return _answer(self._health.ready(), self._health.state)
+
+
+def _answer(checks: dict[str, bool], state: str) -> JSONResponse:
+    return JSONResponse({"state": state, "checks": checks}, status_code=200 if all(checks.values()) else 503)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), backlog=128)
+    except OSError as error:
+        raise ConfigError(
+            f"http.port = {port}: cannot listen on {host}:{port}: {error.strerror}; "
+            "choose another with --set http.port=N (0 picks a free one)"
+        ) from None

@@ -1,0 +1,91 @@
+"""Would it run? The configuration resolved, the first records read, the models tried on them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tomli_w
+import torch
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+
+from runners import session
+from runners.feeds import DeadLetter
+from runners.settings import Configuration
+from streamkd.batch import UNLABELLED, Batch
+from streamkd.config import build_engine
+from streamkd.engine import Engine
+
+FIRST_RECORDS = 3
+MOST_COLUMNS = 8
+
+
+def check(configuration: Configuration, console: Console) -> None:
+    """Print what a run would be made of.
+
+    Raises:
+        StreamkdError: what a run would end with at its start.
+    """
+    console.print("[bold]Configuration[/], defaults included")
+    resolved = tomli_w.dumps(_without_none(configuration.model_dump(mode="json")))
+    console.print(Syntax(resolved, "toml", background_color="default"))
+    session.prepare_torch(configuration)
+    refused: list[DeadLetter] = []
+    feed = configuration.open_feed(refused.append)
+    try:
+        engine = build_engine(configuration, feed.shape)
+        batch = feed.poll(FIRST_RECORDS)
+        console.print(_feed(feed.describe()))
+        if batch is not None:
+            console.print(_records(batch, feed.describe()))
+            engine.predict(batch.x)
+        console.print(_models(engine, feed.shape))
+    finally:
+        feed.close()
+    if refused:
+        console.print(f"{len(refused)} records before these would go to the dead letters, the first for: {refused[0].detail}")
+    console.print("[green]It would run.[/]")
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_none(inner) for inner in value]
+    return value
+
+
+def _feed(description: Mapping[str, Any]) -> Table:
+    made = Table(title="Feed", title_justify="left", show_header=False)
+    for key, value in description.items():
+        made.add_row(key, _listed(value) if isinstance(value, list) else str(value))
+    return made
+
+
+def _records(batch: Batch, description: Mapping[str, Any]) -> Table:
+    names = [*description.get("numeric", []), *description.get("categorical", [])][:MOST_COLUMNS]
+    names = names or [f"x{index}" for index in range(min(batch.x.shape[1], MOST_COLUMNS))]
+    labels = description.get("classes")
+    made = Table(title=f"First {len(batch)} records, as decoded", title_justify="left")
+    for name in [*names, "label"]:
+        made.add_column(str(name), justify="right")
+    for x, y in zip(batch.x.flatten(1), batch.y.tolist(), strict=True):
+        label = "(unknown)" if y == UNLABELLED else str(labels[y]) if isinstance(labels, list) else str(y)
+        made.add_row(*(f"{value:.6g}" for value in x[: len(names)].tolist()), label)
+    return made
+
+
+def _models(engine: Engine, shape: Sequence[int]) -> Table:
+    made = Table(title=f"Models, for records of shape {list(shape)}", title_justify="left")
+    for heading in ("peer", "output", "parameters", "optimizer", "learning rate"):
+        made.add_column(heading, justify="right" if heading == "parameters" else "left")
+    for peer in engine.cohort.peers:
+        output = list(peer.predict(torch.zeros(1, *shape, device=engine.device)).logits.shape)
+        rates = ", ".join(f"{rate:g}" for rate in peer.rates)
+        made.add_row(peer.name, str(output), f"{peer.capacity:,}", type(peer.optimizer).__name__, rates)
+    return made
+
+
+def _listed(values: Sequence[object]) -> str:
+    shown = ", ".join(str(value) for value in values[:20])
+    return f"{shown} and {len(values) - 20} more" if len(values) > 20 else shown or "none so far"

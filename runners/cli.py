@@ -1,0 +1,163 @@
+"""The command line. Nothing heavy is imported before a command needs it, so that help comes at once."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+
+app = App(
+    name="streamkd",
+    help="Online mutual distillation for streaming data: peers that keep learning while the world drifts.",
+    help_format="markdown",
+)
+Set = Annotated[
+    tuple[str, ...],
+    Parameter(name="--set", negative="", help="Override one setting: key.path=value. May be repeated."),
+]
+
+
+@app.command
+def demo(
+    *,
+    records: Annotated[int | None, Parameter(help="Length of the stream; 100,000 unless set.")] = None,
+    seed: int | None = None,
+    port: Annotated[int | None, Parameter(help="Of /metrics, /healthz and /readyz; 9464 unless set.")] = None,
+    live: Annotated[bool | None, Parameter(negative="--no-live", help="A view that redraws itself.")] = None,
+    picture: Annotated[Path, Parameter(help="Where the picture is written.")] = Path("demo.png"),
+    set_: Set = (),
+) -> None:
+    """Learn a made-up stream with four known drifts, for about a minute.
+
+    Needs no configuration, no data and no network. Ends with a table and a picture.
+    """
+    from rich.console import Console
+
+    from runners import demo as runner
+    from runners.settings import load
+
+    console = Console()
+    extra = {"feed.records": records, "feed.seed": seed, "seed": seed, "http.port": port}
+    configuration = load("demo", set_, extra)
+    runner.run(configuration, console, live=console.is_terminal if live is None else live, file=picture)
+
+
+@app.command
+def run(config: str, *, set_: Set = ()) -> None:
+    """Learn a feed until it ends or SIGTERM comes.
+
+    Serves metrics, logs to standard error, saves checkpoints, and goes on where the last run stopped.
+
+    Parameters
+    ----------
+    config
+        A TOML file, or the name of a shipped configuration.
+    """
+    from runners import logs, session
+    from runners.daemon import Daemon
+    from runners.settings import load
+
+    configuration = load(config, set_)
+    Daemon(session.start(configuration), logs.configure(configuration.log.level)).run()
+
+
+@app.command
+def check(config: str, *, set_: Set = ()) -> None:
+    """Say whether a configuration would run, and with what.
+
+    Prints it with all defaults, reads the first records, and tries the models on them. Exit code 2 where it would not.
+
+    Parameters
+    ----------
+    config
+        A TOML file, or the name of a shipped configuration.
+    """
+    from rich.console import Console
+
+    from runners.check import check as runner
+    from runners.settings import load
+    from streamkd.errors import ConfigError, StreamkdError
+
+    try:
+        runner(load(config, set_), Console())
+    except StreamkdError as error:
+        raise ConfigError(str(error)) from error
+
+
+@app.command(name="eval")
+def evaluate(
+    config: str,
+    data: Path,
+    *,
+    label: Annotated[str | None, Parameter(help="Column that holds the labels.")] = None,
+    batch: Annotated[int | None, Parameter(help="Records predicted before any of their labels is learned.")] = None,
+    seed: Annotated[
+        tuple[int, ...], Parameter(consume_multiple=True, negative="", help="One pass for each.")
+    ] = (),
+    json: Annotated[str | None, Parameter(help="Write the figures there; - is standard output.")] = None,
+    plot: Annotated[Path | None, Parameter(help="Draw accuracy over time there.")] = None,
+    set_: Set = (),
+) -> None:
+    """Evaluate on a history: every batch is predicted whole, then its labels are revealed and learned.
+
+    Parameters
+    ----------
+    config
+        A TOML file, or the name of a shipped configuration.
+    data
+        CSV or JSON lines, plain or gzip.
+    """
+    from runners.eval_command import main as runner
+
+    runner(config, data, label=label, batch=batch, seeds=seed, json_to=json, plot=plot, overrides=set_)
+
+
+@app.command
+def init(name: str | None = None) -> None:
+    """List the shipped configurations, or write one into the current folder.
+
+    Parameters
+    ----------
+    name
+        Of the configuration; `default` becomes `default.toml`.
+    """
+    from runners.shipped import shipped
+    from streamkd.errors import ConfigError
+
+    ready = shipped()
+    if name is None:
+        for known, text in ready.items():
+            sys.stdout.write(f"{known:10} {text.partition(chr(10))[0].lstrip('# ')}\n")
+        return
+    if name not in ready:
+        raise ConfigError(f"{name}: no shipped configuration of that name; there are {', '.join(ready)}")
+    target = Path(f"{name}.toml")
+    if target.exists():
+        raise ConfigError(f"{target}: is there already; move it away first")
+    target.write_text(ready[name], encoding="utf-8")
+    sys.stdout.write(f"wrote {target}\n")
+
+
+def main() -> None:
+    """Run a command; end with the exit code that its mistake calls for, and without a traceback."""
+    try:
+        app(exit_on_error=False)
+    except CycloptsError:
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        from streamkd.errors import StreamkdError
+
+        if not isinstance(error, StreamkdError):
+            raise
+        from rich.console import Console
+
+        console = Console(stderr=True, highlight=False)
+        console.print("[bold red]streamkd:[/]", end=" ")
+        console.print(str(error), markup=False)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""A made-up stream with known drifts, learned in front of the user's eyes."""
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import cast
+
+from rich.console import Console
+from rich.table import Table
+
+from monitoring.prequential import WINDOW, Tally
+from monitoring.trace import Trace
+from runners import logs, picture, session
+from runners.daemon import Daemon
+from runners.evaluate import Evaluation, table
+from runners.feeds.drifting import DriftingFeed
+from runners.settings import Configuration
+from runners.view import View, plain
+from streamkd.cohort import SERVED
+from streamkd.report import Report
+
+CLOSE = 0.03
+"""Accuracy within this of its level before a drift counts as recovered."""
+
+
+def run(configuration: Configuration, console: Console, *, live: bool, file: Path) -> None:
+    """Learn the stream of the configuration, show it, and draw it.
+
+    Args:
+        configuration: of the demo.
+        console: where to.
+        live: a view that redraws itself, rather than lines.
+        file: of the picture.
+    """
+    running = session.start(configuration)
+    feed = cast("DriftingFeed", running.feed)
+    tally, trace = Tally(configuration.max_classes), Trace()
+
+    def keep(report: Report) -> None:
+        tally.update(report)
+        trace.update(report, tally)
+
+    log = logs.configure("error")
+    show: View | None = None
+    address = f"http://{configuration.http.host}"
+    heading = f"{feed.records:,} records, true drifts at {', '.join(f'{record:,}' for record in feed.drifts)}"
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        if live:
+            show = View(console, tally, total=feed.records, heading=heading)
+            daemon = Daemon(running, log, keep, show, resume=False)
+        else:
+            console.print(heading)
+            daemon = Daemon(running, log, keep, plain(console, tally, max(1, feed.records // 10)), resume=False)
+        daemon.on_listening = lambda port: console.print(f"{address}:{port}/metrics  /healthz  /readyz")
+        if show is not None:
+            stack.enter_context(show.live)
+        daemon.run()
+    seconds = time.perf_counter() - began
+    result = Evaluation(configuration.seed, configuration.batch, tally, trace, seconds, {}, [])
+    console.print(table([result]))
+    console.print(recoveries(tally, trace, feed.drifts))
+    picture.draw(file, tally, trace, title=f"A made-up stream with {len(feed.drifts)} drifts", drifts=feed.drifts)
+    console.print(f"picture: {file}")
+
+
+def recoveries(tally: Tally, trace: Trace, drifts: list[int]) -> Table:
+    """Return what each true drift did to the served answer: when it was found, and when it was overcome."""
+    made = Table(title="The served answer at each true drift", title_justify="left")
+    for heading in ("drift at", "found after", "accuracy before", "lowest", "before the next", "back within 3 points after"):
+        made.add_column(heading, justify="right")
+    points = list(zip(trace.records, trace.accuracy.get(SERVED, []), strict=True))
+    for start, end in zip(drifts, [*drifts[1:], tally.scored + 1], strict=True):
+        before = [value for record, value in points if record <= start]
+        after = [(record, value) for record, value in points if start < record <= end]
+        if not before or not after:
+            continue
+        level, lowest = before[-1], min(after, key=lambda point: point[1])
+        found = [record - start for record in tally.drifts if start < record <= end]
+        back = [record - start for record, value in after if record >= lowest[0] and value >= level - CLOSE]
+        made.add_row(
+            f"{start:,}",
+            f"{found[0]:,}" if found else "not found",
+            f"{100 * level:.1f} %",
+            f"{100 * lowest[1]:.1f} %",
+            f"{100 * after[-1][1]:.1f} %",
+            f"{back[0]:,} records" if back else "not yet",
+        )
+    made.caption = f"accuracy over the last {WINDOW:,} records"
+    return made

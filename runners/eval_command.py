@@ -1,0 +1,80 @@
+"""`streamkd eval`: the command around an evaluation, with its files and its progress bar."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from runners import picture
+from runners.evaluate import Evaluation, evaluate, table
+from runners.settings import Configuration, load
+from streamkd.errors import ConfigError
+
+KINDS = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl"}
+
+
+def main(
+    config: str,
+    data: Path,
+    *,
+    label: str | None,
+    batch: int | None,
+    seeds: Sequence[int],
+    json_to: str | None,
+    plot: Path | None,
+    overrides: Sequence[str],
+) -> None:
+    """Evaluate once a seed, and print, write and draw what came of it."""
+    given = {"feed.path": str(data), "feed.label": label, "batch": batch, "feed.kind": kind_of(data)}
+    passes = [load(config, overrides, {**given, "seed": seed}) for seed in seeds or (None,)]
+    # Figures for machines alone on standard output; what is for people goes beside it.
+    console = Console(stderr=json_to == "-")
+    done = [_one(configuration, console) for configuration in passes]
+    console.print(table(done))
+    for evaluation in done:
+        _tell_refused(evaluation, passes[0], console)
+    if json_to is not None:
+        _write(json_to, [evaluation.as_json() for evaluation in done])
+    if plot is not None:
+        picture.draw(plot, done[0].tally, done[0].trace, title=f"{data.name}, seed {done[0].seed}")
+        console.print(f"picture: {plot}")
+
+
+def kind_of(data: Path) -> str | None:
+    """Return the kind of feed that a file's name tells; None where it tells nothing."""
+    suffixes = [suffix for suffix in data.suffixes if suffix != ".gz"]
+    return KINDS.get(suffixes[-1].lower()) if suffixes else None
+
+
+def _one(configuration: Configuration, console: Console) -> Evaluation:
+    columns = (
+        TextColumn("seed {task.fields[seed]}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[records]:,} records"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=1.0, seed=configuration.seed, records=0)
+        return evaluate(configuration, lambda share, n: progress.update(task, completed=share, records=n))
+
+
+def _tell_refused(evaluation: Evaluation, configuration: Configuration, console: Console) -> None:
+    if evaluation.refused:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(evaluation.refused.items()))
+        console.print(f"refused, seed {evaluation.seed}: {reasons}; see {configuration.dead_letters.path}")
+
+
+def _write(target: str, results: list[dict[str, Any]]) -> None:
+    text = json.dumps(results[0] if len(results) == 1 else results, indent=2) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(target).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--json {target}: cannot be written: {error.strerror}") from None

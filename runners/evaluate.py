@@ -1,0 +1,142 @@
+"""Prequential evaluation of a history: every batch is predicted whole, then its labels are revealed and learned."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from rich.table import Table
+
+from monitoring.prequential import MAJORITY, NO_CHANGE, Measures, Tally
+from monitoring.trace import Trace
+from runners import session
+from runners.settings import Configuration
+from streamkd.cohort import SERVED
+from streamkd.errors import ConfigError
+
+MEASURES = ("accuracy", "balanced_accuracy", "cohen_kappa", "temporal_kappa", "log_loss")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One pass over a history.
+
+    Attributes:
+        seed, batch: with which it was made.
+        tally: all counts.
+        trace: recent accuracy over time.
+        seconds: the pass took, decoding included.
+        refused: records that could not be used, by reason.
+        labels: the classes, as they are written, in order of appearance.
+    """
+
+    seed: int
+    batch: int
+    tally: Tally
+    trace: Trace
+    seconds: float
+    refused: Mapping[str, int]
+    labels: Sequence[str]
+
+    @property
+    def records_per_second(self) -> float:
+        """Over the whole pass."""
+        return self.tally.records / max(self.seconds, 1e-9)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything, for machines: shares between 0 and 1."""
+        measures = {name: asdict(value) for name, value in self.tally.measures().items()}
+        return {
+            "records": self.tally.records,
+            "labelled": self.tally.scored,
+            "unlabelled": self.tally.unlabelled,
+            "batch": self.batch,
+            "seed": self.seed,
+            **measures[SERVED],
+            "records_per_second": round(self.records_per_second, 1),
+            "seconds": round(self.seconds, 3),
+            "drifts": len(self.tally.drifts),
+            "drift_records": self.tally.drifts,
+            "role_swaps": len(self.tally.swaps),
+            "role_swap_events": self.tally.swaps,
+            "peers": {name: value for name, value in measures.items() if name not in _NOT_PEERS},
+            "baselines": {name: measures[name] for name in (NO_CHANGE, MAJORITY)},
+            "classes": list(self.labels),
+            "dead_letters": dict(self.refused),
+        }
+
+
+_NOT_PEERS = {SERVED, NO_CHANGE, MAJORITY}
+
+
+def evaluate(configuration: Configuration, progress: Callable[[float, int], None]) -> Evaluation:
+    """Make one pass.
+
+    Args:
+        configuration: its feed must have labels.
+        progress: called now and then with the share that is done and the records so far.
+
+    Raises:
+        StreamkdError: with the exit code of the process.
+    """
+    running = session.start(configuration)
+    try:
+        tally, trace = Tally(configuration.max_classes), Trace()
+        began = time.perf_counter()
+        while (batch := running.feed.poll(configuration.batch)) is not None:
+            report = running.engine.step(batch)
+            tally.update(report)
+            trace.update(report, tally)
+            if report.step % 16 == 0:
+                progress(running.feed.progress() or 0.0, report.records)
+        seconds = time.perf_counter() - began
+        progress(1.0, tally.records)
+        if not tally.scored:
+            raise ConfigError("feed.label: no record has a label, so there is nothing to score; name the label column")
+        labels = running.feed.describe().get("classes", [])
+        return Evaluation(
+            configuration.seed,
+            configuration.batch,
+            tally,
+            trace,
+            seconds,
+            running.dead_letters.counts,
+            labels if isinstance(labels, list) else [],
+        )
+    finally:
+        running.close()
+
+
+def table(evaluations: Sequence[Evaluation]) -> Table:
+    """Return the figures for people: percent, and mean with standard deviation where there are several seeds."""
+    first = evaluations[0]
+    speeds = [evaluation.records_per_second for evaluation in evaluations]
+    caption = (
+        f"{first.tally.records:,} records in batches of {first.batch}, {mean(speeds):,.0f} records per second; "
+        f"drifts found {_counts([len(e.tally.drifts) for e in evaluations])}, "
+        f"role swaps {_counts([len(e.tally.swaps) for e in evaluations])}"
+    )
+    if len(evaluations) > 1:
+        caption += f"; mean and standard deviation of seeds {', '.join(str(e.seed) for e in evaluations)}"
+    made = Table(caption=caption, caption_justify="left")
+    for heading in ("", "accuracy %", "balanced %", "kappa %", "temporal kappa %", "log-loss"):
+        made.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    every = [evaluation.tally.measures() for evaluation in evaluations]
+    for name in every[0]:
+        rows = [measures[name] for measures in every]
+        made.add_row(name, *(_cell(rows, measure) for measure in MEASURES), style="bold" if name == SERVED else "")
+    return made
+
+
+def _cell(rows: Sequence[Measures], measure: str) -> str:
+    values = [value for row in rows if (value := getattr(row, measure)) is not None]
+    if not values:
+        return "-"
+    scale, digits = (1, 3) if measure == "log_loss" else (100, 2)
+    spread = f" ± {stdev(values) * scale:.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values) * scale:.{digits}f}{spread}"
+
+
+def _counts(counts: Sequence[int]) -> str:
+    return "/".join(str(count) for count in counts)

@@ -1,0 +1,149 @@
+"""Cells into numbers: columns numeric or hashed, values missing, values refused."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from zlib import crc32
+
+import numpy as np
+
+from streamkd.errors import ConfigError
+
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+class RefusedError(Exception):
+    """A record cannot be used.
+
+    Args:
+        reason: one of `runners.feeds.REASONS`.
+        detail: names the column and the value.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What each column of a feed is for.
+
+    A numeric column is one feature. A categorical one is `buckets` features, of which the one that its text hashes to
+    is 1 (Weinberger et al. 2009), so new values need no new weights.
+
+    Attributes:
+        label: the column that holds the label; None where there is none.
+        numeric, categorical: names of columns, in order.
+        buckets: features a categorical column.
+        missing: cells that mean "not known".
+    """
+
+    label: str | None
+    numeric: tuple[str, ...]
+    categorical: tuple[str, ...]
+    buckets: int
+    missing: frozenset[str]
+
+    @property
+    def width(self) -> int:
+        """Features a record."""
+        return len(self.numeric) + len(self.categorical) * self.buckets
+
+    def features(self, cells: Mapping[str, object]) -> np.ndarray:
+        """Return `[width]` float32, NaN where a value is missing.
+
+        Raises:
+            RefusedError: a cell is not a finite number.
+        """
+        numbers = [self._number(name, cells.get(name)) for name in self.numeric]
+        hashed = np.zeros((len(self.categorical), self.buckets), dtype=np.float32)
+        for row, name in enumerate(self.categorical):
+            value = cells.get(name)
+            if self._unknown(value):
+                hashed[row] = np.nan
+            else:
+                text = f"{name}={value}".encode(errors="surrogatepass")
+                hashed[row, crc32(text) % self.buckets] = 1
+        return np.concatenate([np.array(numbers, dtype=np.float32), hashed.ravel()])
+
+    def _number(self, name: str, cell: object) -> float:
+        if self._unknown(cell):
+            return math.nan
+        try:
+            value = float(cell)  # type: ignore[arg-type]
+        except (ValueError, TypeError):
+            raise RefusedError("not_a_number", f"column {name!r}: {_short(cell)} is not a number") from None
+        except OverflowError:
+            value = math.inf
+        if not abs(value) <= MAX_FLOAT32:
+            raise RefusedError("not_finite", f"column {name!r}: {_short(cell)} is not a finite 32-bit number")
+        return value
+
+    def _unknown(self, cell: object) -> bool:
+        return cell is None or (isinstance(cell, str) and cell.strip() in self.missing)
+
+    def label_of(self, cells: Mapping[str, object]) -> str | None:
+        """Return the label as it is written; None where it is not known."""
+        if self.label is None:
+            return None
+        if self.label not in cells:
+            raise RefusedError("no_label_column", f"there is no {self.label!r} in the record")
+        label = cells[self.label]
+        if isinstance(label, (dict, list)):
+            raise RefusedError("malformed", f"column {self.label!r}: {_short(label)} is not a label")
+        return None if self._unknown(label) else str(label).strip()
+
+
+def assign(
+    present: Sequence[str],
+    *,
+    where: str,
+    label: str | None,
+    categorical: Sequence[str],
+    ignore: Sequence[str],
+    buckets: int,
+    missing: Sequence[str],
+) -> Columns:
+    """Decide what each column that is `present` is for.
+
+    Args:
+        present: names of the columns, in order.
+        where: the file, for messages.
+        label, categorical, ignore, buckets, missing: the user's settings.
+
+    Raises:
+        ConfigError: a column is named twice or is not there, or no column is left to learn from.
+    """
+    doubles = sorted({name for name in present if list(present).count(name) > 1})
+    if doubles:
+        raise ConfigError(f"feed.path = {where!r}: two columns are called {doubles[0]!r}; rename one")
+    for key, names in (("label", [label] if label else []), ("categorical", categorical), ("ignore", ignore)):
+        for name in names:
+            if name not in present:
+                close = get_close_matches(name, present, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"there are {_listed(present)}"
+                raise ConfigError(f"feed.{key} = {name!r}: no such column in {where!r}; {hint}")
+    left = [name for name in present if name != label and name not in ignore]
+    columns = Columns(
+        label,
+        tuple(name for name in left if name not in categorical),
+        tuple(name for name in left if name in categorical),
+        buckets,
+        frozenset(missing),
+    )
+    if not columns.width:
+        raise ConfigError(f"feed.path = {where!r}: no column is left to learn from; there are {_listed(present)}")
+    return columns
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _short(value: object, most: int = 40) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."

@@ -1,0 +1,312 @@
+"""CSV and JSON lines, plain or gzip, read as streams."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from runners.feeds import DeadLetter, Refuse
+from runners.feeds.classes import ClassMap
+from runners.feeds.decode import Columns, RefusedError, assign
+from runners.feeds.lines import Line, Lines, TruncatedError
+from streamkd.batch import UNLABELLED, Batch
+from streamkd.errors import ConfigError, FeedError
+
+LONGEST_RECORD = 100
+"""A quoted cell may hold newlines; a record over more lines than this is a quote that was never closed."""
+FIRST_LOOK = 10_000
+"""Records that are looked at before a feed is taken for readable and labelled."""
+
+
+class FileFeed:
+    """The records of one file, in order; made by `text_file`."""
+
+    def __init__(
+        self,
+        path: Path,
+        lines: Lines,
+        reader: "Csv | JsonLines",
+        columns: Columns,
+        *,
+        max_classes: int,
+        refuse: Refuse,
+    ) -> None:
+        self.name = "file"
+        self.path = path
+        self._lines = lines
+        self._reader = reader
+        self._columns = columns
+        self._refuse = refuse
+        self._classes = ClassMap(max_classes)
+        self._records = 0
+        self.shape: tuple[int, ...] = (self._columns.width,)
+        self._look(self._lines.offset, self._lines.number)
+
+    def poll(self, records: int) -> Batch | None:
+        """Return the next `records` usable records; fewer at the end, then None."""
+        rows, labels = [], []
+        for features, label, _ in self._usable(self._classes, self._refuse):
+            rows.append(features)
+            labels.append(UNLABELLED if label is None else label)
+            if len(rows) == records:
+                break
+        if not rows:
+            return None
+        self._records += len(rows)
+        return Batch(torch.from_numpy(np.stack(rows)), torch.tensor(labels), position=self.position())
+
+    def position(self) -> dict[str, Any]:
+        """Return where the next record starts, and the classes met before it."""
+        return {
+            "path": str(self.path),
+            "offset": self._lines.offset,
+            "line": self._lines.number,
+            "records": self._records,
+            "features": [*self._columns.numeric, *self._columns.categorical],
+            "classes": list(self._classes.labels),
+        }
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Go on where `position` was taken."""
+        features = [*self._columns.numeric, *self._columns.categorical]
+        if position["features"] != features:
+            missing = [name for name in position["features"] if name not in features]
+            new = [name for name in features if name not in position["features"]]
+            raise ConfigError(
+                f"feed.path = {str(self.path)!r}: its columns are not those of the checkpoint "
+                f"(gone: {missing or 'none'}; new: {new or 'none'}; order counts): start with an empty "
+                "checkpoint.directory, or name the new columns in feed.ignore"
+            )
+        self._lines.seek(position["offset"], position["line"])
+        self._classes = ClassMap(self._classes.limit, position["classes"])
+        self._records = position["records"]
+
+    def progress(self) -> float:
+        """Return how much of the file was read, 0 to 1."""
+        return self._lines.progress
+
+    def commit(self, position: Mapping[str, Any]) -> None:
+        """Do nothing: a file waits for nobody."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return path, columns and what is known of the labels."""
+        return {
+            "path": str(self.path),
+            "label": self._columns.label,
+            "numeric": list(self._columns.numeric),
+            "categorical": list(self._columns.categorical),
+            "classes": list(self._classes.labels),
+        }
+
+    def first(self, records: int) -> Iterator[tuple[np.ndarray, str | None]]:
+        """Return the first usable records with their labels as written, and stay where the feed stands."""
+        offset, number, labels = self._lines.offset, self._lines.number, ClassMap(self._classes.limit)
+        for count, (features, _, label) in enumerate(self._usable(labels, lambda _: None), 1):
+            yield features, label
+            if count == records:
+                break
+        self._lines.seek(offset, number)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+
+    def _look(self, offset: int, number: int) -> None:
+        """Refuse a file of which nothing can be used, or in which no record has a label."""
+        refused: list[DeadLetter] = []
+        usable = labelled = 0
+        for _, label, _ in self._usable(ClassMap(self._classes.limit), refused.append):
+            usable += 1
+            labelled += label is not None
+            if labelled or usable == FIRST_LOOK:
+                break
+            if len(refused) >= FIRST_LOOK:
+                break
+        if not usable and refused:
+            first = refused[0]
+            raise ConfigError(
+                f"feed.path = {str(self.path)!r}: none of its first {len(refused)} records can be used; line "
+                f"{first.place['line']}: {first.detail}. Name columns of text in feed.categorical or feed.ignore, "
+                "and cells that mean 'not known' in feed.missing"
+            )
+        if not usable:
+            raise FeedError(f"feed.path = {str(self.path)!r}: there is no record in it")
+        if self._columns.label is not None and not labelled:
+            raise ConfigError(
+                f"feed.label = {self._columns.label!r}: none of the first {usable} records has a label there; "
+                "name the column that holds the labels"
+            )
+        self._lines.seek(offset, number)
+
+    def _usable(self, classes: ClassMap, refuse: Refuse) -> Iterator[tuple[np.ndarray, int | None, str | None]]:
+        """Yield features, class index and label of every record that can be used; refuse the others."""
+        while True:
+            try:
+                lines = self._reader.take(self._lines)
+            except TruncatedError as error:
+                place = {"line": self._lines.number, "offset": self._lines.offset}
+                refuse(DeadLetter("truncated", f"the file breaks off: {error}", b"", place))
+                return
+            if not lines:
+                return
+            try:
+                yield self._decode(lines, classes)
+            except RefusedError as error:
+                # A quote that was never closed has swallowed what follows: only its own line is at fault.
+                self._lines.give_back(lines[1:])
+                place = {"line": lines[0].number, "offset": lines[0].offset}
+                refuse(DeadLetter(error.reason, error.detail, lines[0].raw, place))
+
+    def _decode(self, lines: list[Line], classes: ClassMap) -> tuple[np.ndarray, int | None, str | None]:
+        if lines[0].too_long:
+            raise RefusedError("too_long", f"a line of {lines[0].end - lines[0].offset} bytes")
+        try:
+            text = b"".join(line.raw for line in lines).decode()
+        except UnicodeDecodeError as error:
+            raise RefusedError("encoding", f"not UTF-8: {error.reason} at byte {error.start}") from None
+        cells = self._reader.cells(text)
+        features, label = self._columns.features(cells), self._columns.label_of(cells)
+        index = None if label is None else classes.index(label)
+        if label is not None and index is None:
+            raise RefusedError(
+                "too_many_classes", f"label {label!r} would be the {classes.limit + 1}th; max_classes = {classes.limit}"
+            )
+        return features, index, label
+
+
+class Csv:
+    """Comma-separated values (RFC 4180), the first line naming the columns."""
+
+    def __init__(self, delimiter: str) -> None:
+        self._delimiter = delimiter
+        self._header: list[str] = []
+
+    def columns(self, lines: Lines, path: Path) -> list[str]:
+        """Read the header."""
+        first = lines.next()
+        if first is None:
+            raise FeedError(f"feed.path = {str(path)!r}: the file is empty")
+        try:
+            self._header = [name.strip() for name in self._split(first.raw.decode("utf-8-sig"))]
+        except (UnicodeDecodeError, RefusedError):
+            raise FeedError(f"feed.path = {str(path)!r}: its first line is not a CSV header in UTF-8") from None
+        return self._header
+
+    def take(self, lines: Lines) -> list[Line]:
+        """Take the lines of one record: several, where a quoted cell holds newlines; blank lines are no records."""
+        taken: list[Line] = []
+        quotes = 0
+        while len(taken) < LONGEST_RECORD:
+            line = lines.next()
+            if line is None:
+                break
+            if not taken and not line.raw.strip():
+                continue
+            taken.append(line)
+            quotes += line.raw.count(b'"')
+            if quotes % 2 == 0:
+                break
+        return taken
+
+    def cells(self, text: str) -> dict[str, object]:
+        """Split one record into its cells."""
+        cells = self._split(text)
+        if len(cells) != len(self._header):
+            raise RefusedError("width", f"{len(cells)} cells, and the header has {len(self._header)}")
+        return dict(zip(self._header, cells, strict=True))
+
+    def _split(self, text: str) -> list[str]:
+        try:
+            rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter, strict=True))
+        except csv.Error as error:
+            raise RefusedError("malformed", f"not CSV: {error}") from None
+        if len(rows) != 1:
+            raise RefusedError("malformed", f"not CSV: {len(rows)} records in one")
+        return rows[0]
+
+
+class JsonLines:
+    """One JSON object a line; the columns are the keys of the first."""
+
+    def columns(self, lines: Lines, path: Path) -> list[str]:
+        """Read the keys of the first object, and stay before it."""
+        passed = []
+        while (line := lines.next()) is not None:
+            passed.append(line)
+            try:
+                names = list(self.cells(line.raw.decode("utf-8-sig")))
+            except (UnicodeDecodeError, RefusedError):
+                if len(passed) == FIRST_LOOK:
+                    break
+                continue
+            lines.give_back(passed)
+            return names
+        raise FeedError(f"feed.path = {str(path)!r}: there is no JSON object in its lines")
+
+    def take(self, lines: Lines) -> list[Line]:
+        """Take the next line that is not blank."""
+        while (line := lines.next()) is not None:
+            if line.raw.strip():
+                return [line]
+        return []
+
+    def cells(self, text: str) -> dict[str, object]:
+        """Read one object."""
+        try:
+            value = json.loads(text.removeprefix("\ufeff"))
+        except (ValueError, RecursionError) as error:
+            raise RefusedError("malformed", f"not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise RefusedError("malformed", f"a JSON {type(value).__name__}, not an object")
+        return value
+
+
+def text_file(
+    path: Path,
+    *,
+    kind: str,
+    label: str | None = None,
+    categorical: tuple[str, ...] = (),
+    ignore: tuple[str, ...] = (),
+    buckets: Annotated[int, Field(ge=2, le=65_536)] = 16,
+    missing: tuple[str, ...] = ("",),
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ",",
+    max_classes: int,
+    refuse: Refuse,
+) -> FileFeed:
+    """Read a file, plain or gzip: CSV with a header, or JSON objects, one a line.
+
+    Args:
+        path: of the file.
+        kind: `csv` or `jsonl`.
+        label: column with the label; where its cell is empty the label is not known. None: no labels at all.
+        categorical: columns of text, hashed into `buckets` features each.
+        ignore: columns to leave out.
+        buckets: features a categorical column.
+        missing: cells that mean "not known"; such a feature is imputed by its running mean.
+        delimiter: of CSV.
+        max_classes: most labels there may be.
+        refuse: takes the records that cannot be used.
+
+    Raises:
+        FeedError: the file cannot be read, or there is no record in it.
+        ConfigError: a column is not there, no record has a label, or none can be used.
+    """
+    reader = Csv(delimiter) if kind == "csv" else JsonLines()
+    lines = Lines(path)
+    columns = assign(
+        reader.columns(lines, path),
+        where=str(path),
+        label=label,
+        categorical=categorical,
+        ignore=ignore,
+        buckets=buckets,
+        missing=missing,
+    )
+    return FileFeed(path, lines, reader, columns, max_classes=max_classes, refuse=refuse)

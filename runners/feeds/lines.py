@@ -1,0 +1,110 @@
+"""Lines of a file, plain or gzip, with their places: streamed, so that size costs no memory."""
+
+import gzip
+import zlib
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from streamkd.errors import FeedError
+
+LONGEST = 1 << 20
+"""A line of more bytes than this is refused: a feed that lost its newlines must not fill the memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line.
+
+    Attributes:
+        raw: its bytes, newline included; cut at LONGEST.
+        number: in the file, the first being 1.
+        offset: in the file as it is after decompression, of its first byte.
+        end: of the byte after its last.
+    """
+
+    raw: bytes
+    number: int
+    offset: int
+    end: int
+
+    @property
+    def too_long(self) -> bool:
+        """Whether part of the line was thrown away."""
+        return self.end - self.offset > len(self.raw)
+
+
+class TruncatedError(Exception):
+    """A compressed file ends, or is damaged, in the middle; nothing after it can be read."""
+
+
+class Lines:
+    """A file's lines, one after the other, some of which may be given back to be read again."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._raw = path.open("rb")
+            self._size = path.stat().st_size
+            self._file = _decompressed(self._raw)
+        except OSError as error:
+            raise FeedError(f"feed.path = {str(path)!r}: {error.strerror or error}; check the path") from None
+        self._returned: deque[Line] = deque()
+        self.number = 1
+        self.offset = 0
+
+    def next(self) -> Line | None:
+        """Return the next line; None at the end.
+
+        Raises:
+            TruncatedError: see there.
+        """
+        line = self._returned.popleft() if self._returned else self._read()
+        if line is not None:
+            self.number, self.offset = line.number + 1, line.end
+        return line
+
+    def give_back(self, lines: list[Line]) -> None:
+        """Put lines back in front."""
+        self._returned.extendleft(reversed(lines))
+        if lines:
+            self.number, self.offset = lines[0].number, lines[0].offset
+
+    def seek(self, offset: int, number: int) -> None:
+        """Go to a line by its place; in a compressed file all before it is read again."""
+        self._returned.clear()
+        try:
+            self._file.seek(offset)
+        except (EOFError, OSError, zlib.error) as error:
+            raise FeedError(f"feed.path: cannot go back to byte {offset}: {error}") from None
+        self.offset, self.number = offset, number
+
+    @property
+    def progress(self) -> float:
+        """How much of the file was read, 0 to 1; in a compressed file, of its compressed bytes."""
+        return min(1.0, self._raw.tell() / max(1, self._size))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        self._raw.close()
+
+    def _read(self) -> Line | None:
+        try:
+            raw = self._file.readline(LONGEST)
+            size = len(raw)
+            while size >= LONGEST and not raw.endswith(b"\n"):
+                rest = self._file.readline(LONGEST)
+                size += len(rest)
+                if not rest or rest.endswith(b"\n"):
+                    break
+        except (EOFError, OSError, zlib.error) as error:
+            raise TruncatedError(str(error)) from error
+        return Line(raw, self.number, self.offset, self.offset + size) if raw else None
+
+
+def _decompressed(raw: BinaryIO) -> BinaryIO:
+    """Read a file by what it holds, not by what it is called."""
+    compressed = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    return cast("BinaryIO", gzip.GzipFile(fileobj=raw)) if compressed else raw

@@ -1,0 +1,66 @@
+"""A run at a glance: accuracy over time, drifts, swaps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from monitoring.prequential import WINDOW, Tally
+from monitoring.trace import Trace
+from streamkd.cohort import SERVED
+from streamkd.errors import ConfigError
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
+
+
+def draw(path: Path, tally: Tally, trace: Trace, *, title: str, drifts: Sequence[int] = ()) -> None:
+    """Write the picture.
+
+    Args:
+        path: of the file; its ending names the format.
+        tally: counts, for the drifts found and the swaps.
+        trace: recent accuracy over time.
+        title: above the picture.
+        drifts: where the world truly changed, where that is known.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names = sorted(trace.accuracy, key=lambda name: name == SERVED)  # the served answer on top
+    for index, name in enumerate(names):
+        served = name == SERVED
+        axes.plot(
+            trace.records,
+            [100 * value for value in trace.accuracy[name]],
+            label="served answer" if served else name,
+            color="black" if served else COLOURS[index % len(COLOURS)],
+            linewidth=1.8 if served else 1.1,
+        )
+    for number, record in enumerate(drifts):
+        label = "true drift" if number == 0 else None
+        axes.axvline(record, color="0.75", linewidth=6, zorder=0, label=label)
+    for number, record in enumerate(tally.drifts):
+        label = "drift found" if number == 0 else None
+        axes.axvline(record, color="#cc3311", linewidth=1, linestyle="--", zorder=1, label=label)
+    floor = axes.get_ylim()[0]
+    if tally.swaps:
+        places = [swap["record"] for swap in tally.swaps]
+        axes.plot(
+            places, [floor] * len(places), "^", color="#aa3377", markersize=8, clip_on=False, label="role swap"
+        )
+        axes.set_ylim(bottom=floor)
+    axes.set_xlabel("records learned")
+    axes.set_ylabel(f"accuracy over the last {WINDOW:,} records, %")
+    axes.set_title(title, loc="left")
+    axes.margins(x=0.01)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", ncols=4, framealpha=0.9, fontsize="small")
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: the picture cannot be written: {error}") from None

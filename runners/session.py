@@ -1,0 +1,61 @@
+"""What every command that learns has in common: torch set up, a feed opened, an engine built for it."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import torch
+
+from runners.dead_letters import DeadLetters
+from runners.feeds import Feed
+from runners.settings import Configuration
+from streamkd.config import build_engine
+from streamkd.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A feed, the engine that learns it, and where its refused records go."""
+
+    configuration: Configuration
+    feed: Feed
+    engine: Engine
+    dead_letters: DeadLetters
+
+    def close(self) -> None:
+        """Let go of the feed and the dead letters."""
+        self.feed.close()
+        self.dead_letters.close()
+
+
+def start(configuration: Configuration, clock: Callable[[], float] = time.perf_counter) -> Session:
+    """Open the feed and build the engine for it.
+
+    Raises:
+        StreamkdError: with the exit code of the process.
+    """
+    prepare_torch(configuration)
+    kind = configuration.feed.kind if configuration.feed else ""
+    dead_letters = DeadLetters(configuration.dead_letters.path, kind)
+    feed = configuration.open_feed(dead_letters)
+    engine = build_engine(configuration, feed.shape, clock=clock)
+    return Session(configuration, feed, engine, dead_letters)
+
+
+def prepare_torch(configuration: Configuration) -> None:
+    """Set threads, the seed, and whether results must repeat exactly."""
+    if configuration.deterministic:
+        torch.set_num_threads(1)
+        torch.use_deterministic_algorithms(mode=True)
+    elif configuration.threads:
+        torch.set_num_threads(configuration.threads)
+    torch.manual_seed(configuration.seed)
+
+
+def fingerprint(configuration: Configuration) -> str:
+    """Return a digest of all settings, to tell whether a checkpoint was made by the same."""
+    settings: Any = configuration.model_dump(mode="json")
+    return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

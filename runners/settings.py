@@ -1,0 +1,139 @@
+"""One TOML file in: everything a process needs to know, checked before anything starts."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from runners.feeds import KINDS, Feed, Refuse
+from runners.shipped import shipped
+from streamkd.config import Count, EngineSettings, Part, Positive, Settings, make, validate
+from streamkd.errors import ConfigError
+
+
+class CheckpointSettings(Settings):
+    """Where the state is saved, how often, and how many copies are kept."""
+
+    directory: Path = Path("checkpoints")
+    every_records: Annotated[int, Field(ge=1, description="records between two checkpoints")] = 10_000
+    keep: Positive = 3
+
+
+class HttpSettings(Settings):
+    """Where /metrics, /healthz and /readyz answer."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535, description="0 picks a free one and logs it")] = 9464
+    stalled_seconds: Annotated[
+        float, Field(gt=0, description="/healthz fails when the loop has made no progress for this long")
+    ] = 60.0
+
+
+class DeadLetterSettings(Settings):
+    """Where records go that cannot be used."""
+
+    path: Path = Path("dead-letters.jsonl")
+
+
+class LogSettings(Settings):
+    """What is logged, to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    every_records: Annotated[int, Field(ge=0, description="records between two lines of progress; 0: none")] = 10_000
+
+
+class Configuration(EngineSettings):
+    """The whole file."""
+
+    threads: Annotated[Count, Field(description="of torch; 0 leaves it to torch. Small models are fastest on one")] = 1
+    feed: Part | None = None
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    http: HttpSettings = HttpSettings()
+    dead_letters: DeadLetterSettings = DeadLetterSettings()
+    log: LogSettings = LogSettings()
+
+    def open_feed(self, refuse: Refuse) -> Feed:
+        """Open the feed.
+
+        Args:
+            refuse: takes the records that cannot be used.
+
+        Raises:
+            ConfigError: a setting of the feed is missing or does not fit.
+            FeedError: it cannot be reached.
+        """
+        if self.feed is None:
+            raise ConfigError("feed.kind: missing; name the feed, e.g. [feed] kind = 'csv', path = 'data.csv'")
+        feed: Feed = make(self.feed, KINDS, "feed", kind=self.feed.kind, max_classes=self.max_classes, refuse=refuse)
+        return feed
+
+
+def load(source: str, overrides: Sequence[str] = (), extra: Mapping[str, Any] | None = None) -> Configuration:
+    """Read a configuration.
+
+    Args:
+        source: a file, or the name of a shipped configuration; a file of that name comes first.
+        overrides: `key.path=value` each, the value in TOML's notation or else taken as text.
+        extra: key.path -> value, for what the command line sets by options of its own; None is passed over.
+
+    Raises:
+        ConfigError: the file cannot be read, or a setting is wrong.
+    """
+    table = _parse(source)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {text!r}: write it as key.path=value")
+        _put(table, key.strip(), _value(value.strip()))
+    for key, given in (extra or {}).items():
+        if given is not None:
+            _put(table, key, given)
+    return validate(Configuration, table)
+
+
+def _parse(source: str) -> dict[str, Any]:
+    path, ready = Path(source), shipped()
+    if not path.is_file():
+        if source in ready:
+            return tomllib.loads(ready[source])
+        close = get_close_matches(source, ready, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"shipped are {', '.join(ready)}"
+        raise ConfigError(f"{source}: there is no such file, and no shipped configuration of that name; {hint}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: is not TOML: {error}") from None
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        return text
+
+
+def _put(table: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    place: Any = table
+    for walked, name in enumerate(parents):
+        if isinstance(place, list):
+            place = place[_index(place, name, ".".join(parents[: walked + 1]))]
+        else:
+            place = place.setdefault(name, {})
+        if not isinstance(place, (dict, list)):
+            raise ConfigError(f"{key}: {'.'.join(parents[: walked + 1])} is a value, not a table")
+    if isinstance(place, list):
+        place[_index(place, last, key)] = value
+    else:
+        place[last] = value
+
+
+def _index(place: list[Any], name: str, key: str) -> int:
+    if name.isdecimal() and int(name) < len(place):
+        return int(name)
+    raise ConfigError(f"{key}: no such entry; there are {len(place)}, the first is 0")

@@ -1,0 +1,63 @@
+"""The values that flow: what comes in, and what a model says of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+UNLABELLED = -100
+"""The class index of a record whose label is not known (yet): torch's own ignore index."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Batch:
+    """Records in the order they arrived, and labels that arrived for earlier ones.
+
+    Attributes:
+        x: `[n, ...]`, float; NaN marks a missing value.
+        y: `[n]`, class indices; `UNLABELLED` where the label is not known.
+        ids: one name a record, or empty. Only a record with an id can be given its label later.
+        late: id -> class index, for records of earlier batches that were waiting in `Pending`.
+        position: where the feed stands after this batch; opaque to the engine.
+    """
+
+    x: Tensor
+    y: Tensor
+    ids: tuple[str, ...] = ()
+    late: Mapping[str, int] = field(default_factory=dict)
+    position: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.x) != len(self.y) or (self.ids and len(self.ids) != len(self.x)):
+            raise ValueError(
+                f"a batch of {len(self.x)} records has {len(self.y)} labels and {len(self.ids)} ids: "
+                "give one label a record (UNLABELLED where unknown), and one id a record or none"
+            )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Output:
+    """What a model says of a batch.
+
+    Attributes:
+        logits: `[..., n, classes]`; leading dimensions, where there are any, count pairs of peers.
+        features: `[..., n, width]`, the last layer before the logits, where the model gives it.
+    """
+
+    logits: Tensor
+    features: Tensor | None = None
+
+    def detach(self) -> "Output":
+        """Return the same output, cut off from its gradient: a teacher's."""
+        features = None if self.features is None else self.features.detach()
+        return Output(self.logits.detach(), features)
+
+
+def labelled(y: Tensor) -> Tensor:
+    """Return which of the labels `y` `[n]` are known, `[n]` bool."""
+    return y != UNLABELLED
+

@@ -1,0 +1,119 @@
+"""The whole state on disk, or nothing: a directory written aside, hashed, and renamed.
+
+    step-000000000123/
+        state.pt        tensors and plain values, readable with torch.load(weights_only=True)
+        about.json      for people and for checks at start: position, versions, a digest of the configuration
+        MANIFEST.json   sha256 and size of every file; written last
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamkd.errors import CheckpointError
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+
+
+def save(directory: Path, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
+    """Write a checkpoint; it is there whole, or not at all, whatever happens meanwhile.
+
+    Args:
+        directory: of all checkpoints; made if it is not there.
+        step: names the checkpoint; one of the same step is left alone if it is whole, and replaced if not.
+        state: plain values and tensors, in any nesting.
+        about: plain values, for people and for checks at start.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    final = directory / f"step-{step:012d}"
+    if _whole(final):
+        return final
+    aside = directory / f".{final.name}.{os.getpid()}"
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        torch.save(dict(state), aside / "state.pt")
+        _write_json(aside / "about.json", {"format": FORMAT, "step": step, **about})
+        _write_json(aside / MANIFEST, {file.name: _measure(file) for file in sorted(aside.iterdir())})
+        for path in [*aside.iterdir(), aside]:
+            _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        _sync(directory)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return final
+
+
+def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `(state, about)` of one checkpoint, once every file has been found unchanged.
+
+    Raises:
+        CheckpointError: a file is missing or differs from the manifest.
+    """
+    verify(path)
+    about = json.loads((path / "about.json").read_text(encoding="utf-8"))
+    return torch.load(path / "state.pt", weights_only=True, map_location="cpu"), about
+
+
+def verify(path: Path) -> None:
+    """Hold every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: names the file that is missing or differs.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in manifest.items():
+            if _measure(path / name) != expected:
+                raise CheckpointError(f"{path / name}: damaged; its sha256 is not the manifest's")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a whole checkpoint: {error}") from None
+
+
+def _whole(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def found(directory: Path) -> list[Path]:
+    """Return the checkpoints in a directory, the newest first, verified or not."""
+    return sorted(directory.glob("step-*"), reverse=True)
+
+
+def prune(directory: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what earlier attempts left half-written."""
+    for path in [*found(directory)[keep:], *directory.glob(".step-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _measure(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

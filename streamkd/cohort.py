@@ -1,0 +1,289 @@
+"""The peers together: what they answer, who teaches whom, and one simultaneous update of them all."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamkd.batch import Output
+from streamkd.logits import cross_entropy, mask_unseen
+from streamkd.losses import Loss, kd
+from streamkd.peer import Peer
+from streamkd.schedules import Schedule, Signals, competence, constant, loss_driven
+
+SERVED = "served"
+"""The name of the served answer, beside the names of the peers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """How peers teach one another.
+
+    Attributes:
+        scheme: who teaches whom. `leader`: the teacher in office teaches all others and listens to nobody; `mutual`:
+            every peer learns from every other (Zhang et al. 2018); `ensemble`: all learn from the served answer;
+            `average`: from the averaged weights of the others (Wu and Gong 2021); `static`: from a teacher that stops
+            learning after `freeze_after` updates; `none`.
+        loss: what a student learns, per example.
+        temperature: a schedule, a value a student.
+        alpha: a schedule, a value a pair: the weight of the distillation.
+        beta: a schedule, a value a student: the weight of the labels.
+        gate: `better` drops a lesson on records where the teacher is not closer to the label than the student; `soft`
+            weighs it by 2 sigmoid(2 (CE_student - CE_teacher)); `open` takes every lesson.
+        burn_in: updates before any distillation.
+        freeze_after: for `static`, in updates.
+        temperature_boost, rate_boost: factors on temperature and learning rate at an alarm, fading by half every
+            `boost_half_life` updates.
+    """
+
+    scheme: str = "leader"
+    loss: Loss = kd
+    temperature: Schedule = loss_driven()
+    alpha: Schedule = competence()
+    beta: Schedule = constant(1.0)
+    gate: str = "better"
+    burn_in: int = 10
+    freeze_after: int = 1_000
+    temperature_boost: float = 1.0
+    rate_boost: float = 1.0
+    boost_half_life: int = 32
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Lesson:
+    """What one update learns from: `x` `[m, ...]` ready for the models, labels `y` `[m]`, weights `[m]`."""
+
+    x: Tensor
+    y: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Learned:
+    """What one update did.
+
+    Attributes:
+        losses: `[m]`, hard loss of each example, the mean over peers, before the step.
+        hard, soft, total: `[peers]`, mean hard loss, weighted distillation, and the sum that was minimised.
+        divergence: `[peers]`, mean distillation loss from the teachers, unweighted.
+        norms: `[peers]`, norm of the gradient before clipping.
+        agreed, compared: pairs of peers that gave the same answer to a record, and pairs compared.
+    """
+
+    losses: Tensor
+    hard: Tensor
+    soft: Tensor
+    total: Tensor
+    divergence: Tensor
+    norms: Tensor
+    agreed: int
+    compared: int
+
+
+class Cohort:
+    """Two to N peers and the lessons between them.
+
+    Updates are simultaneous: every student learns from what its teachers said before anyone's step (the paper of deep
+    mutual learning alternates). The gradient at the logits is computed first, so that distillation can be held to the
+    size of the hard gradient on every record; then one backward pass serves all peers.
+    """
+
+    def __init__(self, peers: Sequence[Peer], distillation: Distillation | None = None) -> None:
+        self.peers = list(peers)
+        self.distillation = distillation or Distillation()
+        size = len(self.peers)
+        self.names = [peer.name for peer in self.peers]
+        self.losses = torch.zeros(size)  # running means over 50 batches, in nats
+        self.accuracies = torch.zeros(size)
+        self.observed = 0
+        self.updates = 0
+        self.drift_update = -1_000_000
+        self.temperatures: list[float | None] = [None] * size
+        self.alphas: dict[tuple[int, int], float] = {}
+        self.betas: list[float] = [1.0] * size
+
+    def __len__(self) -> int:
+        return len(self.peers)
+
+    @torch.no_grad()
+    def predict(self, x: Tensor) -> Tensor:
+        """Answer `x` `[n, ...]`: logits `[2 * peers, n, classes]`, the peers' first, then their averages'."""
+        answers = [peer.predict(x).logits for peer in self.peers]
+        answers += [peer.predict_average(x).logits for peer in self.peers]
+        return torch.stack(answers)
+
+    def observe(self, losses: Tensor, accuracies: Tensor) -> None:
+        """Take in the prequential loss and accuracy `[peers]` of one batch."""
+        self.observed += 1
+        share = max(1 / self.observed, 1 / 50)
+        self.losses = self.losses.lerp(losses.cpu(), share)
+        self.accuracies = self.accuracies.lerp(accuracies.cpu(), share)
+
+    def alarm(self) -> None:
+        """The world has changed: schedules count from here."""
+        self.drift_update = self.updates
+
+    def schedule(self, teacher: int, classes: int) -> None:
+        """Set temperatures, alphas and betas for the next lessons."""
+        rule = self.distillation
+        burning_in = self.updates < rule.burn_in
+        boost = 1 + (rule.temperature_boost - 1) * self._alertness()
+        self.alphas = {}
+        for source, student in self.pairs(teacher):
+            signals = self._signals(student, source if source < len(self) else teacher, classes)
+            alpha = 0.0 if burning_in else rule.alpha(signals)
+            self.alphas[source, student] = alpha
+            self.betas[student] = 1.0 if burning_in else rule.beta(replace(signals, alpha=alpha))
+        for student in range(len(self)):
+            signals = self._signals(student, teacher, classes)
+            value = rule.temperature(replace(signals, previous=self.temperatures[student]))
+            self.temperatures[student] = value
+        self._softness = [(value or 1.0) * boost for value in self.temperatures]
+
+    def learn(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
+        """Take one step with every peer.
+
+        Args:
+            lesson: the examples.
+            teacher: index of the peer in office.
+            seen: `[classes]` bool, classes met so far; the others are ruled out.
+            weights: `[2 * peers]`, of the members in the served answer, for the `ensemble` scheme.
+        """
+        logits = mask_unseen(torch.stack([peer.learn(lesson.x).logits for peer in self.peers]), seen)
+        leaf = logits.detach().requires_grad_()
+        hard = cross_entropy(leaf, lesson.y)  # [peers, m]
+        (hard_gradient,) = torch.autograd.grad(hard.sum(), leaf)
+        hard = hard.detach()
+        betas = torch.tensor(self.betas).to(leaf)[:, None]
+        gradient = hard_gradient * betas[..., None]
+        soft, divergence = torch.zeros_like(hard), torch.zeros_like(hard)
+        if any(self.alphas.values()):
+            soft, divergence, soft_gradient = self._distil(leaf, hard, lesson, seen=seen, weights=weights)
+            # On no record does distillation outweigh the label: its gradient is cut to the hard one's length.
+            room = gradient.norm(dim=-1) / soft_gradient.norm(dim=-1).clamp(min=1e-12)
+            gradient = gradient + soft_gradient * room.clamp(max=1.0)[..., None]
+        logits.backward(gradient * lesson.weights[:, None])  # type: ignore[no-untyped-call]
+        norms = torch.tensor([self._step(index, teacher) for index in range(len(self))])
+        self.updates += 1
+        answers = leaf.detach().argmax(-1)
+        return Learned(
+            losses=hard.mean(0),
+            hard=hard.mean(1),
+            soft=soft.mean(1),
+            total=((betas * hard + soft) * lesson.weights).sum(1),
+            divergence=divergence.mean(1),
+            norms=norms,
+            agreed=int(sum((answers[i] == answers[:i]).sum() for i in range(1, len(self)))),
+            compared=answers.shape[1] * len(self) * (len(self) - 1) // 2,
+        )
+
+    def pairs(self, teacher: int) -> list[tuple[int, int]]:
+        """Return who teaches whom, as (source, student).
+
+        Sources 0 to P - 1 are the peers, P to 2 P - 1 their averages, and 2 P is the served answer.
+        """
+        size = len(self)
+        others = [(i, j) for i in range(size) for j in range(size) if i != j]
+        match self.distillation.scheme:
+            case "leader" | "static":
+                return [(i, j) for i, j in others if i == teacher]
+            case "mutual":
+                return others
+            case "average":
+                return [(size + i, j) for i, j in others]
+            case "ensemble":
+                return [(2 * size, j) for j in range(size)]
+            case _:
+                return []
+
+    def source_name(self, source: int) -> str:
+        """Return the name of a source of `pairs`."""
+        return SERVED if source == 2 * len(self) else self.names[source % len(self)]
+
+    def _distil(
+        self, leaf: Tensor, hard: Tensor, lesson: Lesson, *, seen: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Weighted and plain distillation loss `[peers, m]`, and its gradient at the logits `[peers, m, classes]`."""
+        sources, students = (list(side) for side in zip(*self.alphas, strict=True))
+        taught = self._sources(leaf.detach(), lesson.x, seen=seen, weights=weights)[sources]
+        temperature = torch.tensor([self._softness[student] for student in students]).to(leaf)[:, None]
+        loss = self.distillation.loss(Output(leaf[students]), Output(taught), lesson.y, temperature)
+        # A student of several teachers hears their mean (1 / (P - 1) in deep mutual learning).
+        shares = torch.tensor(
+            [alpha / students.count(j) for (_, j), alpha in self.alphas.items()]
+        ).to(leaf)
+        gate = self._gate(hard[students], cross_entropy(taught, lesson.y))
+        weighted = shares[:, None] * gate * loss
+        (gradient,) = torch.autograd.grad(weighted.sum(), leaf)
+        index = torch.tensor(students, device=leaf.device)
+        soft = torch.zeros_like(hard).index_add_(0, index, weighted.detach())
+        counts = torch.tensor([students.count(j) for j in students]).to(leaf)[:, None]
+        divergence = torch.zeros_like(hard).index_add_(0, index, loss.detach() / counts)
+        return soft, divergence, gradient
+
+    @torch.no_grad()
+    def _sources(self, logits: Tensor, x: Tensor, *, seen: Tensor, weights: Tensor) -> Tensor:
+        """All that can teach, as logits `[sources, m, classes]`; only what the scheme asks for is computed."""
+        if self.distillation.scheme in {"leader", "static", "mutual"}:
+            return logits
+        averages = mask_unseen(torch.stack([peer.predict_average(x).logits for peer in self.peers]), seen)
+        members = torch.cat([logits, averages])
+        served = (members.log_softmax(-1) + weights.to(logits).log()[:, None, None]).logsumexp(0)
+        return torch.cat([members, served[None]])
+
+    def _gate(self, student: Tensor, teacher: Tensor) -> Tensor:
+        match self.distillation.gate:
+            case "better":
+                return (teacher < student).to(student)
+            case "soft":
+                return 2 * torch.sigmoid(2 * (student - teacher))
+            case _:
+                return torch.ones_like(student)
+
+    def _step(self, index: int, teacher: int) -> float:
+        rule = self.distillation
+        if rule.scheme == "static" and index == teacher and self.updates >= rule.freeze_after:
+            self.peers[index].optimizer.zero_grad(set_to_none=True)
+            return 0.0
+        return self.peers[index].step(1 + (rule.rate_boost - 1) * self._alertness())
+
+    def _alertness(self) -> float:
+        """1 at an alarm, halving every `boost_half_life` updates."""
+        return float(0.5 ** ((self.updates - self.drift_update) / self.distillation.boost_half_life))
+
+    def _signals(self, student: int, teacher: int, classes: int) -> Signals:
+        return Signals(
+            update=self.updates,
+            updates_since_drift=self.updates - self.drift_update,
+            classes=max(2, classes),
+            loss=float(self.losses[student]),
+            teacher_loss=float(self.losses[teacher % len(self)]),
+            accuracy=float(self.accuracies[student]),
+            teacher_accuracy=float(self.accuracies[teacher % len(self)]),
+            capacity=self.peers[student].capacity,
+            teacher_capacity=self.peers[teacher % len(self)].capacity,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the peers, what was observed of them, and what the schedules said last."""
+        return {
+            "peers": {peer.name: peer.state_dict() for peer in self.peers},
+            "losses": self.losses,
+            "accuracies": self.accuracies,
+            "observed": self.observed,
+            "updates": self.updates,
+            "drift_update": self.drift_update,
+            "temperatures": list(self.temperatures),
+            "betas": list(self.betas),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        for peer in self.peers:
+            peer.load_state_dict(state["peers"][peer.name])
+        self.losses, self.accuracies = state["losses"], state["accuracies"]
+        self.observed, self.updates = state["observed"], state["updates"]
+        self.drift_update = state["drift_update"]
+        self.temperatures, self.betas = list(state["temperatures"]), list(state["betas"])

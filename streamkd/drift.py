@@ -1,0 +1,190 @@
+"""Has the world changed? river's detectors behind one small protocol, listening for a rise only.
+
+Each factory below makes a detector of one stream of errors. Streams that an online learner repairs by itself make
+two-sided detectors fire at every recovery, so by default an alarm counts only if the mean rose.
+"""
+
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from river import drift
+
+
+class DriftDetector(Protocol):
+    """Reads one value a record, in the order in which labels arrive."""
+
+    @property
+    def width(self) -> int:
+        """How many of the latest records belong to the present world."""
+
+    def update(self, value: float) -> bool:
+        """Take in one value between 0 and 1; True on an alarm."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that was learned."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+
+
+class Never:
+    """The detector of a run without drift."""
+
+    def __init__(self) -> None:
+        self.width = 0
+
+    def update(self, value: float) -> bool:  # noqa: ARG002 - the protocol's
+        """Count the record; never an alarm."""
+        self.width += 1
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count."""
+        return {"width": self.width}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.width = state["width"]
+
+
+Level = Callable[[Any], float]
+
+
+class River:
+    """A detector of river's.
+
+    Args:
+        detector: anything with river's `update` and `drift_detected`.
+        level: reads the detector's view of the present mean; an alarm counts only if it is higher than before the
+            alarm. None where the detector itself hears rises only, or where falls count too.
+    """
+
+    def __init__(self, detector: Any, level: Level | None = None) -> None:
+        self._detector = detector
+        self._level = level
+        self._since = 0
+
+    @property
+    def width(self) -> int:
+        """ADWIN's own window; for the others, the records since the last alarm."""
+        return int(getattr(self._detector, "width", self._since))
+
+    def update(self, value: float) -> bool:
+        """Take in one value; True on an alarm (and, with `level`, a rise)."""
+        before = self._level(self._detector) if self._level else 0.0
+        self._detector.update(value)
+        alarm = bool(self._detector.drift_detected)
+        self._since = 0 if alarm else self._since + 1
+        return alarm and (self._level is None or self._level(self._detector) > before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the detector as bytes: river's objects have no state of plain values."""
+        raw = pickle.dumps(self._detector, protocol=4)
+        return {"since": self._since, "river": torch.frombuffer(bytearray(raw), dtype=torch.uint8)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on; refuses any class outside the allow-list, so that a planted pickle cannot run."""
+        self._since = state["since"]
+        self._detector = AllowListUnpickler(io.BytesIO(state["river"].numpy().tobytes())).load()
+
+
+def adwin(delta: float = 0.002, *, one_sided: bool = True, **options: Any) -> River:
+    """Adaptive windowing (Bifet and Gavalda 2007): two sub-windows whose means differ. Any value in [0, 1]."""
+    return River(drift.ADWIN(delta=delta, **options), _estimation if one_sided else None)
+
+
+def kswin(*, one_sided: bool = True, seed: int = 0, **options: Any) -> River:
+    """Kolmogorov-Smirnov windowing (Raab et al. 2020). Any value; a thousand times slower than ADWIN."""
+    return River(drift.KSWIN(seed=seed, **options), _recent if one_sided else None)
+
+
+def page_hinkley(threshold: float = 10.0, *, one_sided: bool = True, **options: Any) -> River:
+    """Page's cumulative sum with Hinkley's test (Page 1954). Any value; `threshold` is in units of its sum."""
+    mode = "up" if one_sided else "both"
+    return River(drift.PageHinkley(threshold=threshold, mode=mode, **options))
+
+
+def ddm(**options: Any) -> River:
+    """Drift detection method (Gama et al. 2004), on error bits: the error rate leaves its minimum by 3 sigma."""
+    return River(drift.binary.DDM(**options))
+
+
+def eddm(**options: Any) -> River:
+    """Early drift detection (Baena-Garcia et al. 2006), on error bits: errors come closer together."""
+    return River(drift.binary.EDDM(**options))
+
+
+def hddm_a(*, one_sided: bool = True, **options: Any) -> River:
+    """Hoeffding bound on averages (Frias-Blanco et al. 2014), on error bits."""
+    return River(drift.binary.HDDMA(two_sided_test=not one_sided, **options))
+
+
+def hddm_w(*, one_sided: bool = True, **options: Any) -> River:
+    """Hoeffding bound on weighted averages (Frias-Blanco et al. 2014), on error bits: the quickest of the family."""
+    return River(drift.binary.HDDMW(two_sided_test=not one_sided, **options))
+
+
+def fhddm(**options: Any) -> River:
+    """Fast Hoeffding drift detection (Pesaranghader and Viktor 2016), on error bits."""
+    return River(drift.binary.FHDDM(**options))
+
+
+def never() -> Never:
+    """No drift detection."""
+    return Never()
+
+
+def _estimation(detector: Any) -> float:
+    return float(detector.estimation)
+
+
+def _recent(detector: Any) -> float:
+    """Mean of KSWIN's recent sample; what came before it, when there is no full sample yet, is a zero."""
+    window = list(detector.window)[-detector.stat_size :]
+    return float(np.mean(window)) if window else 0.0
+
+
+class AllowListUnpickler(pickle.Unpickler):
+    """Loads river's detectors and nothing else: a pickle may name any callable, and this one refuses to look."""
+
+    ALLOWED = frozenset(
+        {
+            ("river.drift.adwin", "ADWIN"),
+            ("river._river_rust.drift", "AdaptiveWindowing"),
+            ("river.drift.kswin", "KSWIN"),
+            ("river.drift.page_hinkley", "PageHinkley"),
+            ("river.drift.binary.ddm", "DDM"),
+            ("river.drift.binary.eddm", "EDDM"),
+            ("river.drift.binary.hddm_a", "HDDMA"),
+            ("river.drift.binary.hddm_w", "HDDMW"),
+            ("river.drift.binary.hddm_w", "SampleInfo"),
+            ("river.drift.binary.fhddm", "FHDDM"),
+            ("river.stats.mean", "Mean"),
+            ("river.stats.var", "Var"),
+            ("river.stats.ewmean", "EWMean"),
+            ("river._river_rust.stats", "RsEWMean"),
+            ("collections", "deque"),
+            ("random", "Random"),
+            ("numpy", "dtype"),
+            ("numpy._core.multiarray", "scalar"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the class, if it is on the list."""
+        if (module, name) == ("builtins", "getattr"):
+            return _page_hinkley_test
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not a part of a drift detector")
+        return super().find_class(module, name)
+
+
+def _page_hinkley_test(owner: object, name: str) -> Any:
+    """Stand in for `getattr`, by which PageHinkley pickles its choice of test, and for that one use only."""
+    if not isinstance(owner, drift.PageHinkley) or not name.startswith("_test_"):
+        raise pickle.UnpicklingError(f"{name} of {type(owner).__name__} is not a part of a drift detector")
+    return getattr(owner, name)

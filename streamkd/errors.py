@@ -1,0 +1,38 @@
+"""Everything that can go wrong in a way the user can mend, with the exit code of the process it ends.
+
+StreamkdError
+ +- ConfigError      2  a setting, an argument or a model that does not fit
+ +- FeedError        3  the feed cannot be reached or read at start
+ +- CheckpointError  4  no checkpoint can be read, or it belongs to another configuration
+ +- TrainingError    5  learning cannot go on
+"""
+
+
+class StreamkdError(Exception):
+    """A mistake that names its key, its value and its remedy; never shown with a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(StreamkdError):
+    """A setting is misspelt, out of range or does not fit the others."""
+
+    exit_code = 2
+
+
+class FeedError(StreamkdError):
+    """The feed cannot be opened."""
+
+    exit_code = 3
+
+
+class CheckpointError(StreamkdError):
+    """A checkpoint is damaged, or was written by another configuration."""
+
+    exit_code = 4
+
+
+class TrainingError(StreamkdError):
+    """Learning cannot go on."""
+
+    exit_code = 5

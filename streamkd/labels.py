@@ -1,0 +1,107 @@
+"""Questions wait for their answers: predictions are scored as they were made, whenever the label comes."""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamkd.batch import Batch, labelled
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Answers:
+    """What was said of some records, and what turned out to be true where that is known.
+
+    Attributes:
+        x: `[n, ...]`, raw.
+        y: `[n]`, class indices.
+        log_p: `[members, n, classes]`, as predicted before the label was known.
+        served: `[n, classes]`, the served probabilities, likewise.
+    """
+
+    x: Tensor
+    y: Tensor
+    log_p: Tensor
+    served: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def rows(self, rows: Tensor) -> "Answers":
+        """Return the chosen rows, `[m]` indices or `[n]` bool."""
+        return Answers(self.x[rows], self.y[rows], self.log_p[:, rows], self.served[rows])
+
+
+class Pending:
+    """Predictions that wait for their labels, the oldest given up when there are too many.
+
+    Args:
+        capacity: in records; 0 waits for nothing.
+    """
+
+    def __init__(self, capacity: int = 10_000) -> None:
+        self.capacity = capacity
+        self.joined = 0
+        self.expired = 0
+        self._waiting: OrderedDict[str, Answers] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def join(self, batch: Batch, said: Answers) -> Answers:
+        """Return what can be learned now: earlier records whose labels came, then the batch's own labelled ones.
+
+        Records that carry an id and no label are kept until it comes. A label for a record that is not waiting
+        (answered before, expired, or never seen) is passed over.
+        """
+        known = labelled(batch.y)
+        complete = said if bool(known.all()) else said.rows(known)
+        answered = [self._answer(name, y) for name, y in batch.late.items() if name in self._waiting]
+        self.joined += len(answered)
+        if batch.ids and len(complete) < len(said):
+            self._wait(batch, said, known)
+        return _concatenate([*answered, complete]) if answered else complete
+
+    def _answer(self, name: str, y: int) -> Answers:
+        question = self._waiting.pop(name)
+        return Answers(question.x, torch.full_like(question.y, y), question.log_p, question.served)
+
+    def _wait(self, batch: Batch, said: Answers, known: Tensor) -> None:
+        for row in (~known).nonzero()[:, 0].tolist():
+            self._waiting[batch.ids[row]] = said.rows(torch.tensor([row]))
+        while len(self._waiting) > self.capacity:
+            self._waiting.popitem(last=False)
+            self.expired += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the waiting predictions and the counters."""
+        waiting = list(self._waiting.values())
+        together = _concatenate(waiting) if waiting else None
+        return {
+            "ids": list(self._waiting),
+            "joined": self.joined,
+            "expired": self.expired,
+            "answers": together
+            and {"x": together.x, "y": together.y, "log_p": together.log_p, "served": together.served},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on waiting."""
+        self.joined, self.expired = state["joined"], state["expired"]
+        together = Answers(**state["answers"]) if state["answers"] else None
+        self._waiting = OrderedDict(
+            (name, together.rows(torch.tensor([row])))
+            for row, name in enumerate(state["ids"])
+            if together is not None
+        )
+
+
+def _concatenate(parts: list[Answers]) -> Answers:
+    return Answers(
+        torch.cat([part.x for part in parts]),
+        torch.cat([part.y for part in parts]),
+        torch.cat([part.log_p for part in parts], dim=1),
+        torch.cat([part.served for part in parts]),
+    )

@@ -1,0 +1,22 @@
+"""Logits: classes that were never seen are ruled out, and the labels are held against the rest."""
+
+import torch
+from torch import Tensor
+
+from streamkd.batch import UNLABELLED
+
+UNSEEN = -1e9
+"""The logit of a class that was never seen: its probability is exactly zero, and so is its gradient."""
+
+
+def mask_unseen(logits: Tensor, seen: Tensor) -> Tensor:
+    """Return the logits `[..., classes]` with the classes that are not `seen` `[classes]` ruled out."""
+    return logits.masked_fill(~seen, UNSEEN)
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Hard loss, in nats: `[..., n, classes]` logits against labels `[n]`; zero where there is no label."""
+    log_p = logits.log_softmax(-1)
+    y = y.expand(logits.shape[:-1])
+    picked = log_p.gather(-1, y.clamp(min=0)[..., None])[..., 0]
+    return torch.where(y == UNLABELLED, 0.0, -picked)

@@ -1,0 +1,124 @@
+"""One model, its optimizer, and the running average of its weights."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from streamkd.batch import Output
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+class Peer:
+    """A member of the cohort.
+
+    The average follows the weights with decay min(1 - 1 / (t + 1), 1 - 1 / horizon): a plain mean at first, then an
+    exponential one (the warm-up of Arani et al. 2022). Buffers are copied, not averaged.
+
+    Args:
+        name: appears in metrics and reports.
+        build: makes the model; called once, with torch's generator seeded.
+        optimizer: makes the optimizer from the parameters, e.g. `partial(torch.optim.SGD, lr=0.1)`.
+        horizon: of the average, in updates.
+        clip: largest norm of the gradient; what is longer is shortened to it.
+        seed: of the initial weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], nn.Module],
+        optimizer: MakeOptimizer = partial(torch.optim.SGD, lr=0.1),  # noqa: B008 - an immutable default
+        *,
+        horizon: float = 10.0,
+        clip: float = 2.0,
+        seed: int = 0,
+    ) -> None:
+        self.name = name
+        self.clip = clip
+        self.skipped = 0
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.module = build()
+        self.optimizer = optimizer(self.module.parameters())
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.average = AveragedModel(self.module, multi_avg_fn=ema(1 - 1 / horizon))
+        self.average.requires_grad_(requires_grad=False)
+        self.average.eval()
+        self.capacity = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
+        self._parameters = list(self.module.parameters())
+
+    def to(self, device: torch.device) -> "Peer":
+        """Move the model and its average; call before the first update."""
+        self.module.to(device)
+        self.average.to(device)
+        return self
+
+    def learn(self, x: Tensor) -> Output:
+        """Answer `x` `[n, ...]` in training mode, with a gradient."""
+        self.module.train()
+        return as_output(self.module(x))
+
+    def predict(self, x: Tensor) -> Output:
+        """Answer `x` in evaluation mode, without a gradient."""
+        self.module.eval()
+        return as_output(self.module(x))
+
+    def predict_average(self, x: Tensor) -> Output:
+        """Answer `x` with the averaged weights."""
+        return as_output(self.average(x))
+
+    def step(self, rate: float = 1.0) -> float:
+        """Take one optimizer step with the gradients at hand; return their norm before clipping.
+
+        A gradient that is not finite is never stepped on: it is counted in `skipped` and thrown away.
+
+        Args:
+            rate: factor on every learning rate, for this step.
+        """
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, self.clip))
+        if norm < float("inf"):  # false for NaN as well
+            for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = base * rate
+            self.optimizer.step()
+            self.average.update_parameters(self.module)
+        else:
+            self.skipped += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return weights, average, optimizer and counters."""
+        return {
+            "module": self.module.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.module.load_state_dict(state["module"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.skipped = state["skipped"]
+
+
+def ema(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Make the update of an exponential moving average with warm-up, for `AveragedModel`."""
+
+    @torch.no_grad()
+    def update(average: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
+        share = max(1 / (int(updates) + 1), 1 - decay)
+        torch._foreach_lerp_(average, current, share)  # noqa: SLF001 - what torch's own averages call
+
+    return update
+
+
+def as_output(said: Tensor | Output) -> Output:
+    """Accept a model that returns plain logits."""
+    return said if isinstance(said, Output) else Output(said)

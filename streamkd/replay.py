@@ -1,0 +1,193 @@
+"""Prioritized memories of the past, drawn again while the present is learned."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Evict = Callable[["ReplayBuffer", int], Tensor]
+"""Chooses the slots that `n` new records take; a slot of -1 turns a record away."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Memories:
+    """What was recalled.
+
+    Attributes:
+        slots: `[m]`, where each record lies in the buffer; to be handed back to `ReplayBuffer.update`.
+        x: `[m, ...]`, raw, as it was stored.
+        y: `[m]`.
+        weights: `[m]`, importance weights, the largest of them 1.
+        ages: `[m]`, in records learned since.
+    """
+
+    slots: Tensor
+    x: Tensor
+    y: Tensor
+    weights: Tensor
+    ages: Tensor
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def split(self, parts: int) -> "list[Memories]":
+        """Deal the records out into `parts` draws of equal size."""
+        columns = zip(*(column.chunk(parts) for column in self._columns()), strict=True)
+        dealt = [Memories(*column) for column in columns]
+        return dealt if len(self) else [self] * parts
+
+    def _columns(self) -> tuple[Tensor, ...]:
+        return self.slots, self.x, self.y, self.weights, self.ages
+
+
+class ReplayBuffer:
+    """Proportional prioritized replay (Schaul et al. 2016), vectorised over records.
+
+    A record is drawn with probability P(i) = p_i ** alpha / sum p ** alpha and weighs (N P(i)) ** -beta over the
+    largest such weight drawn. New records come in at the highest priority in the buffer. Priorities are capped at a
+    running quantile, since on a stream the largest losses are mostly wrong labels.
+
+    Args:
+        capacity: in records; 0 remembers nothing.
+        alpha: 0 draws uniformly, 1 in proportion to the priority.
+        beta: importance weighting at the start, and again after each drift.
+        beta_records: records over which beta rises to 1.
+        evict: `ring`, `lowest` or `reservoir`.
+        cap: the quantile of the priorities at which they are cut.
+        seed: of the generator that draws.
+    """
+
+    def __init__(
+        self,
+        capacity: int = 2000,
+        *,
+        alpha: float = 0.6,
+        beta: float = 0.4,
+        beta_records: int = 20_000,
+        evict: "Evict | None" = None,
+        cap: float = 0.95,
+        seed: int = 0,
+    ) -> None:
+        self.capacity = capacity
+        self.alpha = alpha
+        self.beta_start = beta
+        self.beta_records = beta_records
+        self.evict = evict or ring
+        self.cap = cap
+        self.generator = torch.Generator().manual_seed(seed)
+        self.size = 0
+        self.added = 0
+        self.since_drift = 0
+        self.ceiling = 0.0
+        self.priorities = torch.zeros(capacity)
+        self.births = torch.zeros(capacity, dtype=torch.int64)
+        self._x: Tensor | None = None
+        self._y = torch.zeros(capacity, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def beta(self) -> float:
+        """The importance weighting now."""
+        share = min(1.0, self.since_drift / self.beta_records)
+        return self.beta_start + (1 - self.beta_start) * share
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Remember the records `x` `[n, ...]` with their labels `y` `[n]`, at the highest priority."""
+        if not self.capacity or not len(y):
+            return
+        if self._x is None:
+            self._x = x.new_zeros(self.capacity, *x.shape[1:])
+        highest = float(self.priorities[: self.size].max()) if self.size else 1.0
+        for start in range(0, len(y), self.capacity):
+            self._add(x[start : start + self.capacity], y[start : start + self.capacity], highest)
+
+    def _add(self, x: Tensor, y: Tensor, priority: float) -> None:
+        slots = self.evict(self, len(y))
+        births = self.added + torch.arange(len(y))
+        kept = (slots >= 0).nonzero()[:, 0]
+        slots = slots[kept]
+        memory = torch.as_tensor(self._x)
+        memory[slots], self._y[slots] = x[kept].to(memory), y[kept].cpu()
+        self.priorities[slots], self.births[slots] = priority, births[kept]
+        self.added += len(y)
+        self.since_drift += len(y)
+        self.size = min(self.added, self.capacity)
+
+    def sample(self, n: int, window: int | None = None) -> Memories:
+        """Draw `n` memories with replacement, from the latest `window` records only where that is given."""
+        if not self.size or self._x is None or n == 0:
+            none = torch.zeros(0, dtype=torch.int64)
+            return Memories(none, torch.zeros(0), none, torch.zeros(0), none)
+        mass = self.priorities[: self.size] ** self.alpha
+        if window is not None and window < self.size:
+            mass = mass * (self.births[: self.size] >= self.added - window)
+        slots = torch.multinomial(mass, n, replacement=True, generator=self.generator)
+        weights = mass[slots] ** -self.beta  # N and the sum of the masses cancel in the next line
+        ages = self.added - self.births[slots]
+        return Memories(slots, self._x[slots], self._y[slots], weights / weights.max(), ages)
+
+    def update(self, slots: Tensor, losses: Tensor) -> None:
+        """Refresh the priorities of what was recalled with the losses `[m]` it just had."""
+        if not len(slots):
+            return
+        raw = losses.nan_to_num(0.0, posinf=0.0) + 1e-3  # never zero: every record can be drawn again
+        # A running quantile by stochastic steps in proportion to the typical loss: no sorting, no window.
+        above = float((raw > self.ceiling).float().mean())
+        self.ceiling = max(self.ceiling + float(raw.mean()) * 0.5 * (above - (1 - self.cap)), 1e-3)
+        self.priorities[slots] = raw.clamp(max=self.ceiling)
+
+    def forget_schedule(self) -> None:
+        """Start the annealing of the importance weights again: the world has changed."""
+        self.since_drift = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memories, their priorities, the counters and the state of chance."""
+        return {
+            "x": None if self._x is None else self._x[: self.size].clone(),
+            "y": self._y[: self.size].clone(),
+            "priorities": self.priorities[: self.size].clone(),
+            "births": self.births[: self.size].clone(),
+            "added": self.added,
+            "since_drift": self.since_drift,
+            "ceiling": self.ceiling,
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.size = len(state["y"])
+        if state["x"] is not None:
+            self._x = state["x"].new_zeros(self.capacity, *state["x"].shape[1:])
+            self._x[: self.size] = state["x"]
+        self._y[: self.size] = state["y"]
+        self.priorities[: self.size] = state["priorities"]
+        self.births[: self.size] = state["births"]
+        self.added, self.since_drift, self.ceiling = state["added"], state["since_drift"], state["ceiling"]
+        self.generator.set_state(state["generator"])
+
+
+def ring(buffer: ReplayBuffer, n: int) -> Tensor:
+    """The oldest make room."""
+    return (buffer.added + torch.arange(n)) % buffer.capacity
+
+
+def lowest(buffer: ReplayBuffer, n: int) -> Tensor:
+    """Those of the lowest priority make room, as published; it hoards what is hard, wrong labels included."""
+    free = torch.arange(buffer.size, min(buffer.size + n, buffer.capacity))
+    crowded = torch.topk(buffer.priorities[: buffer.size], n - len(free), largest=False).indices
+    return torch.cat([free, crowded])
+
+
+def reservoir(buffer: ReplayBuffer, n: int) -> Tensor:
+    """Every record of the past has the same chance to be in the buffer (Vitter 1985)."""
+    arrivals = buffer.added + torch.arange(n)
+    places = (torch.rand(n, generator=buffer.generator, dtype=torch.float64) * (arrivals + 1)).long()
+    slots = torch.where(arrivals < buffer.capacity, arrivals, places)
+    # Of two records that chose one slot the later stays; writing both at once would leave it to chance.
+    index = torch.arange(n)
+    last = torch.full((int(slots.max()) + 1,), -1).scatter_reduce(0, slots, index, "amax")
+    return torch.where((slots < buffer.capacity) & (last[slots] == index), slots, -1)

@@ -1,0 +1,138 @@
+"""What happened on one batch, frozen and complete: the only thing that the eyes ever see."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Scored:
+    """The prequential score of the records whose labels came with this batch.
+
+    Attributes:
+        y: `[m]`, what was true.
+        predicted: name of a peer, or `served` -> `[m]`, the class it answered before the label was known.
+        log_loss: likewise -> `[m]`, in nats, cut at -ln(1e-6).
+    """
+
+    y: Tensor
+    predicted: Mapping[str, Tensor]
+    log_loss: Mapping[str, Tensor]
+
+    def correct(self, name: str) -> int:
+        """Return how many answers of a peer, or of `served`, were right."""
+        return int((self.predicted[name] == self.y).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class PeerReport:
+    """One peer after one batch.
+
+    Attributes:
+        weight: its share of the served answer, its average's included.
+        loss: running prequential loss, in nats.
+        accuracy: running prequential accuracy.
+        hard, soft, total: parts of what its last updates minimised, the mean over the updates of the batch.
+        divergence: from its teachers, in nats.
+        gradient_norm: before clipping.
+        skipped: steps not taken for want of a finite gradient, since the start.
+        capacity_ratio: its trainable parameters over its teacher's.
+        transfer_efficiency: mutual information of teacher's and student's answers over the teacher's entropy.
+    """
+
+    weight: float
+    loss: float
+    accuracy: float
+    temperature: float
+    hard: float
+    soft: float
+    total: float
+    divergence: float
+    gradient_norm: float
+    skipped: int
+    capacity_ratio: float
+    transfer_efficiency: float
+
+
+@dataclass(frozen=True, slots=True)
+class DriftReport:
+    """An alarm.
+
+    Attributes:
+        detector, signal: by which it was raised, and on what.
+        record: how many labelled records had been scored when it rose.
+        reaction: what the engine did about it, name -> value.
+    """
+
+    detector: str
+    signal: str
+    record: int
+    reaction: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SwapReport:
+    """The teacher in office changed: names of peers, and `drift` or `periodic`."""
+
+    before: str
+    after: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ReplayReport:
+    """The memory: its size, the window it is drawn from, and the priorities and ages `[m]` of what was recalled."""
+
+    size: int
+    capacity: int
+    window: int
+    priorities: Tensor
+    ages: Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Report:
+    """One batch through the engine.
+
+    Attributes:
+        step: batches so far; the first is 1.
+        updates: optimizer steps so far, of each peer.
+        records: records so far.
+        size: records in this batch.
+        unlabelled: of them, without a label.
+        trained: labelled records that were learned on this batch.
+        classes: classes seen so far.
+        position: where the feed stands after this batch.
+        served: `[n, classes]`, probabilities, the answer that was given before any label of the batch was known.
+        scored: the prequential score.
+        teacher: name of the peer in office.
+        alphas: (teacher, student) -> weight of the distillation.
+        agreed, compared: pairs of peers that gave the same answer, of the pairs compared.
+        pending, joined, expired: records waiting for labels now; labels that came late and that never came, so far.
+        seconds: stage -> time it took, by the clock that was handed to the engine.
+    """
+
+    step: int
+    updates: int
+    records: int
+    size: int
+    unlabelled: int
+    trained: int
+    classes: int
+    position: Mapping[str, Any]
+    served: Tensor
+    scored: Scored
+    teacher: str
+    peers: Mapping[str, PeerReport]
+    alphas: Mapping[tuple[str, str], float]
+    agreed: int
+    compared: int
+    drift: tuple[DriftReport, ...]
+    swap: SwapReport | None
+    replay: ReplayReport
+    pending: int
+    joined: int
+    expired: int
+    seconds: Mapping[str, float] = field(default_factory=dict)

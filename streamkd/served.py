@@ -1,0 +1,77 @@
+"""The served answer: all members asked, those believed that were right of late."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-6
+"""No answer is charged with more than -ln of this: one bold mistake must not silence a member for ever."""
+
+
+class Served:
+    """Members weighted by their discounted log-loss: the exponentially weighted forecaster with a memory.
+
+    W_m <- gamma ** B * W_m + sum of log max(p_m(y), FLOOR) over the B labelled records; the weights are softmax(W)
+    mixed with a floor spread evenly (Sahoo et al. 2018), so that no member is ever out of hearing. With gamma = 1 and
+    no floor the total log-loss is at most the best member's plus ln(members) (Vovk 1990).
+
+    Args:
+        members: how many.
+        gamma: how much of the past a labelled record leaves standing; 0.99 is a window of about 100.
+        gamma_drift: likewise for `drift_batches` batches after an alarm.
+        floor: the share of the weight that is spread evenly.
+    """
+
+    def __init__(
+        self,
+        members: int,
+        *,
+        gamma: float = 0.99,
+        gamma_drift: float = 0.98,
+        drift_batches: int = 64,
+        floor: float = 0.01,
+    ) -> None:
+        self.gamma = gamma
+        self.gamma_drift = gamma_drift
+        self.drift_batches = drift_batches
+        self.floor = floor
+        self.scores = torch.zeros(members, dtype=torch.float64)
+        self.alert = 0  # batches for which the shorter memory is still in force
+
+    @property
+    def weights(self) -> Tensor:
+        """`[members]`, adding up to 1."""
+        return (1 - self.floor) * self.scores.softmax(0) + self.floor / len(self.scores)
+
+    def answer(self, log_p: Tensor) -> Tensor:
+        """Mix the members' log-probabilities `[members, n, classes]` into the served probabilities `[n, classes]`.
+
+        A member that says anything not finite weighs nothing; if none is left, every class is as likely.
+        """
+        p = log_p.exp()
+        sound = p.isfinite().flatten(1).all(1)
+        if bool(sound.all()):
+            return torch.einsum("m,mnc->nc", self.weights.to(p), p)
+        weights = self.weights.to(p) * sound
+        mixed = torch.einsum("m,mnc->nc", weights / weights.sum().clamp(min=1e-12), p.nan_to_num(0.0))
+        return mixed if bool(sound.any()) else torch.full_like(mixed, 1 / mixed.shape[-1])
+
+    def update(self, log_p: Tensor) -> None:
+        """Learn from the log-probabilities `[members, n]` that each gave to what turned out to be true."""
+        gamma = self.gamma_drift if self.alert else self.gamma
+        gains = log_p.double().nan_to_num(float("-inf")).clamp(min=torch.tensor(FLOOR).log().item()).sum(1)
+        self.scores = gamma ** log_p.shape[1] * self.scores + gains.cpu()
+        self.alert = max(0, self.alert - 1)
+
+    def shorten(self) -> None:
+        """Forget faster for a while: the world has changed."""
+        self.alert = self.drift_batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the scores."""
+        return {"scores": self.scores, "alert": self.alert}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.scores, self.alert = state["scores"], state["alert"]
