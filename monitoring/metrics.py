@@ -19,8 +19,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from monitoring.health import STATES
-from streamkd.cohort import SERVED
-from streamkd.report import Report
+from streamkd.report import SERVED, Report
 
 PHASES = ("predict", "score", "adapt", "recall", "learn", "remember")
 SWAP_REASONS = ("drift", "periodic")
@@ -55,7 +54,7 @@ class Metrics:
         signal: str,
         version: str,
     ) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._define()
@@ -107,9 +106,7 @@ class Metrics:
         self.state = gauge("state", "1 for the state that the process is in.", "state")
         self.feed_records = counter("feed_records_total", "Records received and decoded.", "feed")
         self.feed_connected = gauge("feed_connected", "1 while the feed can be read.", "feed")
-        self.feed_received = gauge(
-            "feed_last_record_received_timestamp_seconds", "When the last record came.", "feed"
-        )
+        self.feed_received = gauge("feed_last_record_received_timestamp_seconds", "When the last record came.", "feed")
         self.dead_letters = counter("dead_letter_records_total", "Records that could not be used.", "feed", "reason")
         self.steps = counter("steps_total", "Batches that went through the engine.")
         self.trained = counter("trained_records_total", "Labelled records that were learned.")
@@ -260,4 +257,3 @@ class BulkHistogram(Collector):
         totals = self._counts.cumsum().tolist()
         family.add_metric([], list(zip(edges, totals, strict=True)), self._sum)
         yield family
-

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamkd.cohort import SERVED
-from streamkd.report import Report
+from streamkd.report import SERVED, Report
 
 NO_CHANGE = "no-change"
 MAJORITY = "majority"

@@ -1,8 +1,7 @@
 """The course of a run: recent accuracy over time, in bounded memory however long the stream."""
 
 from monitoring.prequential import WINDOW, Tally
-from streamkd.cohort import SERVED
-from streamkd.report import Report
+from streamkd.report import SERVED, Report
 
 MOST_POINTS = 2_000
 

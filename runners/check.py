@@ -18,6 +18,7 @@ from streamkd.engine import Engine
 
 FIRST_RECORDS = 3
 MOST_COLUMNS = 8
+MOST_NAMES = 20
 
 
 def check(configuration: Configuration, console: Console) -> None:
@@ -43,7 +44,9 @@ def check(configuration: Configuration, console: Console) -> None:
     finally:
         feed.close()
     if refused:
-        console.print(f"{len(refused)} records before these would go to the dead letters, the first for: {refused[0].detail}")
+        console.print(
+            f"{len(refused)} records before these would go to the dead letters, the first for: {refused[0].detail}"
+        )
     console.print("[green]It would run.[/]")
 
 
@@ -87,5 +90,6 @@ def _models(engine: Engine, shape: Sequence[int]) -> Table:
 
 
 def _listed(values: Sequence[object]) -> str:
-    shown = ", ".join(str(value) for value in values[:20])
-    return f"{shown} and {len(values) - 20} more" if len(values) > 20 else shown or "none so far"
+    shown = ", ".join(str(value) for value in values[:MOST_NAMES])
+    more = len(values) - MOST_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown or "none so far"

@@ -91,10 +91,10 @@ def evaluate(
     *,
     label: Annotated[str | None, Parameter(help="Column that holds the labels.")] = None,
     batch: Annotated[int | None, Parameter(help="Records predicted before any of their labels is learned.")] = None,
-    seed: Annotated[
-        tuple[int, ...], Parameter(consume_multiple=True, negative="", help="One pass for each.")
-    ] = (),
-    json: Annotated[str | None, Parameter(help="Write the figures there; - is standard output.")] = None,
+    seed: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="", help="One pass for each.")] = (),
+    json: Annotated[
+        str | None, Parameter(allow_leading_hyphen=True, help="Write the figures there; - is standard output.")
+    ] = None,
     plot: Annotated[Path | None, Parameter(help="Draw accuracy over time there.")] = None,
     set_: Set = (),
 ) -> None:
@@ -153,7 +153,7 @@ def main() -> None:
             raise
         from rich.console import Console
 
-        console = Console(stderr=True, highlight=False)
+        console = Console(stderr=True, highlight=False, emoji=False)
         console.print("[bold red]streamkd:[/]", end=" ")
         console.print(str(error), markup=False)
         sys.exit(error.exit_code)

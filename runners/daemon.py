@@ -18,7 +18,6 @@ from monitoring.server import Server
 from runners import session
 from runners.feeds import REASONS
 from runners.session import Session
-from runners.settings import Configuration
 from streamkd import checkpoint
 from streamkd.engine import Engine
 from streamkd.errors import CheckpointError
@@ -26,6 +25,8 @@ from streamkd.report import Report
 
 IDLE_SECONDS = 0.05
 """How long to wait when the feed has nothing yet."""
+MOST_LINES = 12
+"""Of a difference between two architectures, in a message."""
 
 Observer = Callable[[Report], None]
 
@@ -43,9 +44,7 @@ class Daemon:
         resume: go on from the newest checkpoint, if there is one, and save new ones.
     """
 
-    def __init__(
-        self, running: Session, log: BoundLogger, *observers: Observer, resume: bool = True
-    ) -> None:
+    def __init__(self, running: Session, log: BoundLogger, *observers: Observer, resume: bool = True) -> None:
         self._session = running
         self._settings = running.configuration
         self._log = log
@@ -93,7 +92,11 @@ class Daemon:
             self._log.info("stopped", records=engine.records, steps=engine.steps)
 
     def _loop(self) -> None:
-        feed, engine, every = self._session.feed, self._session.engine, self._settings.checkpoint.every_records
+        feed, engine, every = (
+            self._session.feed,
+            self._session.engine,
+            self._settings.checkpoint.every_records,
+        )
         while not self._stop:
             batch = feed.poll(self._settings.batch)
             self.health.progress()
@@ -117,13 +120,15 @@ class Daemon:
         for observer in self._observers:
             try:
                 observer(report)
-            except Exception:
+            except Exception:  # noqa: BLE001 - whatever it is, watching must not stop the work
                 self._log.exception("observer failed", observer=repr(observer))
 
     def _tell(self, report: Report) -> None:
         """Log what a person would want to know."""
         for alarm in report.drift:
-            self._log.warning("drift", detector=alarm.detector, signal=alarm.signal, record=alarm.record, **alarm.reaction)
+            self._log.warning(
+                "drift", detector=alarm.detector, signal=alarm.signal, record=alarm.record, **alarm.reaction
+            )
         if report.swap is not None:
             self._log.info("role swap", before=report.swap.before, after=report.swap.after, reason=report.swap.reason)
         every = self._settings.log.every_records
@@ -238,7 +243,8 @@ def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Any) 
             if before.get(key) != now.get(key)
         ]
     if lines:
-        shown = "\n".join(lines[:12] + ([f"  and {len(lines) - 12} more"] if len(lines) > 12 else []))
+        more = len(lines) - MOST_LINES
+        shown = "\n".join(lines[:MOST_LINES] + ([f"  and {more} more"] if more > 0 else []))
         raise CheckpointError(
             f"{path}: its models are not the configured ones\n{shown}\n"
             "give back the old models, or start afresh with another checkpoint.directory"
@@ -265,4 +271,3 @@ def _signals(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-

@@ -16,8 +16,7 @@ from runners.evaluate import Evaluation, table
 from runners.feeds.drifting import DriftingFeed
 from runners.settings import Configuration
 from runners.view import View, plain
-from streamkd.cohort import SERVED
-from streamkd.report import Report
+from streamkd.report import SERVED, Report
 
 CLOSE = 0.03
 """Accuracy within this of its level before a drift counts as recovered."""
@@ -67,7 +66,14 @@ def run(configuration: Configuration, console: Console, *, live: bool, file: Pat
 def recoveries(tally: Tally, trace: Trace, drifts: list[int]) -> Table:
     """Return what each true drift did to the served answer: when it was found, and when it was overcome."""
     made = Table(title="The served answer at each true drift", title_justify="left")
-    for heading in ("drift at", "found after", "accuracy before", "lowest", "before the next", "back within 3 points after"):
+    for heading in (
+        "drift at",
+        "found after",
+        "accuracy before",
+        "lowest",
+        "before the next",
+        "back within 3 points after",
+    ):
         made.add_column(heading, justify="right")
     points = list(zip(trace.records, trace.accuracy.get(SERVED, []), strict=True))
     for start, end in zip(drifts, [*drifts[1:], tally.scored + 1], strict=True):

@@ -12,8 +12,8 @@ from monitoring.prequential import MAJORITY, NO_CHANGE, Measures, Tally
 from monitoring.trace import Trace
 from runners import session
 from runners.settings import Configuration
-from streamkd.cohort import SERVED
 from streamkd.errors import ConfigError
+from streamkd.report import SERVED
 
 MEASURES = ("accuracy", "balanced_accuracy", "cohen_kappa", "temporal_kappa", "log_loss")
 

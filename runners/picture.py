@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 
 from monitoring.prequential import WINDOW, Tally
 from monitoring.trace import Trace
-from streamkd.cohort import SERVED
 from streamkd.errors import ConfigError
+from streamkd.report import SERVED
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 
@@ -50,7 +50,13 @@ def draw(path: Path, tally: Tally, trace: Trace, *, title: str, drifts: Sequence
     if tally.swaps:
         places = [swap["record"] for swap in tally.swaps]
         axes.plot(
-            places, [floor] * len(places), "^", color="#aa3377", markersize=8, clip_on=False, label="role swap"
+            places,
+            [floor] * len(places),
+            "^",
+            color="#aa3377",
+            markersize=8,
+            clip_on=False,
+            label="role swap",
         )
         axes.set_ylim(bottom=floor)
     axes.set_xlabel("records learned")

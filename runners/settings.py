@@ -10,8 +10,9 @@ from pydantic import Field
 
 from runners.feeds import KINDS, Feed, Refuse
 from runners.shipped import shipped
-from streamkd.config import Count, EngineSettings, Part, Positive, Settings, make, validate
+from streamkd.config import make
 from streamkd.errors import ConfigError
+from streamkd.settings import Count, EngineSettings, Part, Positive, Settings, validate
 
 
 class CheckpointSettings(Settings):

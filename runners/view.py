@@ -11,8 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from monitoring.prequential import Tally
-from streamkd.cohort import SERVED
-from streamkd.report import Report
+from streamkd.report import SERVED, Report
 
 
 class View:
@@ -59,8 +58,7 @@ class View:
         if report is None or not tally.scored:
             return Panel(Group(self._heading, self._progress), title="streamkd")
         events = Text(
-            f"drifts found {len(tally.drifts)}  {self._last_drift}\n"
-            f"role swaps   {len(tally.swaps)}  {self._last_swap}"
+            f"drifts found {len(tally.drifts)}  {self._last_drift}\nrole swaps   {len(tally.swaps)}  {self._last_swap}"
         )
         return Panel(Group(self._heading, self._progress, peers_table(report, tally), events), title="streamkd")
 
@@ -95,7 +93,9 @@ def plain(console: Console, tally: Tally, every: int) -> Callable[[Report], None
             swap = report.swap
             console.print(f"{report.records:>9,}  role swap: {swap.before} to {swap.after} ({swap.reason})")
         if report.records // every > (report.records - report.size) // every:
-            accuracies = ", ".join(f"{name} {100 * tally.recent[name].accuracy:.1f} %" for name in [SERVED, *report.peers])
+            accuracies = ", ".join(
+                f"{name} {100 * tally.recent[name].accuracy:.1f} %" for name in [SERVED, *report.peers]
+            )
             console.print(f"{report.records:>9,}  {accuracies}; teacher {report.teacher}")
 
     return line

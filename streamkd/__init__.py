@@ -1,0 +1,36 @@
+"""Online mutual distillation for streaming data.
+
+A small cohort of peer models predicts every batch, then learns it: from the labels, from one another, and from
+prioritized memories of the past. To read in this order: `batch`, `engine`, `cohort`, `peer`, `schedules`, `losses`,
+`replay`, `drift`.
+"""
+
+from streamkd.batch import UNLABELLED, Batch, Output
+from streamkd.cohort import Cohort, Distillation
+from streamkd.drift import DriftWatch
+from streamkd.engine import Engine
+from streamkd.errors import StreamkdError
+from streamkd.peer import Peer
+from streamkd.replay import Recall, ReplayBuffer
+from streamkd.report import Report
+from streamkd.roles import Election
+from streamkd.schedules import Signals
+from streamkd.served import Served
+
+__all__ = [
+    "UNLABELLED",
+    "Batch",
+    "Cohort",
+    "Distillation",
+    "DriftWatch",
+    "Election",
+    "Engine",
+    "Output",
+    "Peer",
+    "Recall",
+    "ReplayBuffer",
+    "Report",
+    "Served",
+    "Signals",
+    "StreamkdError",
+]

@@ -60,4 +60,3 @@ class Output:
 def labelled(y: Tensor) -> Tensor:
     """Return which of the labels `y` `[n]` are known, `[n]` bool."""
     return y != UNLABELLED
-

@@ -1,9 +1,9 @@
 """The whole state on disk, or nothing: a directory written aside, hashed, and renamed.
 
-    step-000000000123/
-        state.pt        tensors and plain values, readable with torch.load(weights_only=True)
-        about.json      for people and for checks at start: position, versions, a digest of the configuration
-        MANIFEST.json   sha256 and size of every file; written last
+step-000000000123/
+    state.pt        tensors and plain values, readable with torch.load(weights_only=True)
+    about.json      for people and for checks at start: position, versions, a digest of the configuration
+    MANIFEST.json   sha256 and size of every file; written last
 """
 
 import hashlib

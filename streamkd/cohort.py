@@ -1,7 +1,7 @@
 """The peers together: what they answer, who teaches whom, and one simultaneous update of them all."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,8 @@ from streamkd.batch import Output
 from streamkd.logits import cross_entropy, mask_unseen
 from streamkd.losses import Loss, kd
 from streamkd.peer import Peer
+from streamkd.report import SERVED
 from streamkd.schedules import Schedule, Signals, competence, constant, loss_driven
-
-SERVED = "served"
-"""The name of the served answer, beside the names of the peers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +38,9 @@ class Distillation:
 
     scheme: str = "leader"
     loss: Loss = kd
-    temperature: Schedule = loss_driven()
-    alpha: Schedule = competence()
-    beta: Schedule = constant(1.0)
+    temperature: Schedule = field(default_factory=loss_driven)
+    alpha: Schedule = field(default_factory=competence)
+    beta: Schedule = field(default_factory=lambda: constant(1.0))
     gate: str = "better"
     burn_in: int = 10
     freeze_after: int = 1_000
@@ -211,9 +209,7 @@ class Cohort:
         temperature = torch.tensor([self._softness[student] for student in students]).to(leaf)[:, None]
         loss = self.distillation.loss(Output(leaf[students]), Output(taught), lesson.y, temperature)
         # A student of several teachers hears their mean (1 / (P - 1) in deep mutual learning).
-        shares = torch.tensor(
-            [alpha / students.count(j) for (_, j), alpha in self.alphas.items()]
-        ).to(leaf)
+        shares = torch.tensor([alpha / students.count(j) for (_, j), alpha in self.alphas.items()]).to(leaf)
         gate = self._gate(hard[students], cross_entropy(taught, lesson.y))
         weighted = shares[:, None] * gate * loss
         (gradient,) = torch.autograd.grad(weighted.sum(), leaf)

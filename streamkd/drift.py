@@ -7,11 +7,14 @@ two-sided detectors fire at every recovery, so by default an alarm counts only i
 import io
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from river import drift
+
+from streamkd.report import SERVED, Scored
 
 
 class DriftDetector(Protocol):
@@ -90,6 +93,27 @@ class River:
         """Go on; refuses any class outside the allow-list, so that a planted pickle cannot run."""
         self._since = state["since"]
         self._detector = AllowListUnpickler(io.BytesIO(state["river"].numpy().tobytes())).load()
+
+
+@dataclass(frozen=True, slots=True)
+class DriftWatch:
+    """What is watched for drift: a detector, its name for reports, and whether it reads `error` bits or `loss`."""
+
+    detector: DriftDetector
+    name: str = "adwin"
+    signal: str = "error"
+
+    def read(self, scored: Scored) -> list[int]:
+        """Let the detector read what was scored; return the rows at which it raised an alarm."""
+        if self.signal == "error":
+            values = (scored.predicted[SERVED] != scored.y).float()
+        else:
+            values = scored.log_loss[SERVED].clamp(max=WORST) / WORST
+        return [row for row, value in enumerate(values.tolist()) if self.detector.update(value)]
+
+
+WORST = 5.0
+"""The log-loss, in nats, that counts as 1 where `loss` is watched."""
 
 
 def adwin(delta: float = 0.002, *, one_sided: bool = True, **options: Any) -> River:

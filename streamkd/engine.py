@@ -1,49 +1,23 @@
 """One batch through all of it: predict, join, score, adapt, recall, learn, remember, report."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from streamkd.batch import Batch
-from streamkd.cohort import SERVED, Cohort, Distillation, Learned, Lesson
-from streamkd.drift import DriftDetector, adwin
+from streamkd.cohort import Cohort, Distillation, Learned, Lesson
+from streamkd.drift import DriftWatch, adwin
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Answers, Pending
 from streamkd.logits import mask_unseen
 from streamkd.peer import Peer
-from streamkd.replay import Memories, ReplayBuffer
-from streamkd.report import DriftReport, PeerReport, ReplayReport, Report, Scored, SwapReport
+from streamkd.replay import Memories, Recall, ReplayBuffer
+from streamkd.report import SERVED, DriftReport, PeerReport, ReplayReport, Report, Scored, SwapReport
 from streamkd.roles import Election, Swap
 from streamkd.served import FLOOR, Served
 from streamkd.transfer import TransferEfficiency
-
-
-@dataclass(frozen=True, slots=True)
-class Recall:
-    """How the past is rehearsed.
-
-    Attributes:
-        updates: optimizer steps a batch, each with memories of its own.
-        records: memories drawn for each update.
-        window: smallest window of latest records that they are drawn from: it is this long at an alarm, and then
-            grows with the detector's. 0 draws from the whole buffer always.
-    """
-
-    updates: int = 2
-    records: int = 32
-    window: int = 256
-
-
-@dataclass(frozen=True, slots=True)
-class DriftWatch:
-    """What is watched for drift: a detector, its name for reports, and whether it reads `error` bits or `loss`."""
-
-    detector: DriftDetector
-    name: str = "adwin"
-    signal: str = "error"
 
 
 class Engine:
@@ -97,6 +71,7 @@ class Engine:
         self.records = 0
         self.scored = 0
         self._lap = 0.0
+        self._seconds: dict[str, float] = {}
 
     def run(self, feed: Iterable[Batch]) -> Iterator[Report]:
         """Step through every batch of `feed`."""
@@ -105,22 +80,22 @@ class Engine:
 
     def step(self, batch: Batch) -> Report:
         """Predict one batch, then learn what labels have come; return what happened."""
-        seconds: dict[str, float] = {}
+        self._seconds = {}
         self._lap = self.clock()
         said = self._predict(batch)
-        self._note(seconds, "predict")
+        self._note("predict")
         answers = self.pending.join(batch, said)
         scored = self._score(answers)
-        self._note(seconds, "score")
+        self._note("score")
         drifts, swap = self._adapt(scored)
-        self._note(seconds, "adapt")
+        self._note("adapt")
         memories = self._recall(answers)
-        self._note(seconds, "recall")
+        self._note("recall")
         learned = self._learn(answers, memories)
-        self._note(seconds, "learn")
+        self._note("learn")
         self._remember(answers, memories, learned)
-        self._note(seconds, "remember")
-        return self._report(batch, said, scored, drifts, swap, memories, learned, seconds)
+        self._note("remember")
+        return self._report(batch, said, scored=scored, drifts=drifts, swap=swap, memories=memories, learned=learned)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
@@ -168,23 +143,18 @@ class Engine:
 
     def _adapt(self, scored: Scored) -> tuple[tuple[DriftReport, ...], Swap | None]:
         """Let the detector read the served errors; re-elect the teacher, at once after an alarm."""
-        if self.drift.signal == "error":
-            values = (scored.predicted[SERVED] != scored.y).float()
-        else:
-            values = scored.log_loss[SERVED].clamp(max=5) / 5
-        before = self.scored - len(scored.y)
-        alarms = [row for row, value in enumerate(values.tolist()) if self.drift.detector.update(value)]
+        alarms = self.drift.read(scored)
         if alarms:
             self.cohort.alarm()
             self.served.shorten()
             self.replay.forget_schedule()
+        before = self.scored - len(scored.y)
         drifts = tuple(
             DriftReport(self.drift.name, self.drift.signal, before + row + 1, self._reaction()) for row in alarms
         )
-        since = self.cohort.updates - self.cohort.drift_update
         swap = self.roles.elect(
             self.recall.updates if len(scored.y) else 0,
-            drifting=since < self.roles.tenure,
+            drifting=self.cohort.updates - self.cohort.drift_update < self.roles.tenure,
             at_once=bool(alarms),
         )
         return drifts, swap
@@ -202,7 +172,8 @@ class Engine:
         """How many of the latest memories are drawn from: what the detector takes for the present world."""
         if not self.recall.window:
             return self.replay.capacity
-        return min(max(self.drift.detector.width, self.recall.window), self.replay.capacity)
+        grown = min(self.drift.detector.width, self.recall.window + self.replay.since_drift)
+        return min(max(grown, self.recall.window), self.replay.capacity)
 
     def _recall(self, answers: Answers) -> list[Memories]:
         """Draw the memories for each update of this batch."""
@@ -242,21 +213,21 @@ class Engine:
             self.replay.update(drawn.slots, result.losses[len(answers) :].cpu())
         self.replay.add(answers.x.cpu(), answers.y.cpu())
 
-    def _note(self, seconds: dict[str, float], stage: str) -> None:
+    def _note(self, stage: str) -> None:
         now = self.clock()
-        seconds[stage] = now - self._lap
+        self._seconds[stage] = now - self._lap
         self._lap = now
 
     def _report(
         self,
         batch: Batch,
         said: Answers,
+        *,
         scored: Scored,
         drifts: tuple[DriftReport, ...],
         swap: Swap | None,
         memories: list[Memories],
         learned: list[Learned],
-        seconds: dict[str, float],
     ) -> Report:
         cohort, names = self.cohort, self.cohort.names
         return Report(
@@ -287,7 +258,7 @@ class Engine:
             pending=len(self.pending),
             joined=self.pending.joined,
             expired=self.pending.expired,
-            seconds=seconds,
+            seconds=self._seconds,
         )
 
     def _peer_reports(self, learned: list[Learned]) -> dict[str, PeerReport]:

@@ -92,9 +92,7 @@ class Pending:
         self.joined, self.expired = state["joined"], state["expired"]
         together = Answers(**state["answers"]) if state["answers"] else None
         self._waiting = OrderedDict(
-            (name, together.rows(torch.tensor([row])))
-            for row, name in enumerate(state["ids"])
-            if together is not None
+            (name, together.rows(torch.tensor([row]))) for row, name in enumerate(state["ids"]) if together is not None
         )
 
 

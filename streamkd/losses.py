@@ -14,6 +14,7 @@ from streamkd.batch import Output
 
 Loss = Callable[[Output, Output, Tensor, Tensor], Tensor]
 
+
 def kd(student: Output, teacher: Output, y: Tensor, temperature: Tensor) -> Tensor:  # noqa: ARG001
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)), summed over classes (Hinton et al. 2015).
 

@@ -32,9 +32,7 @@ def mlp(
     return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
 
 
-def cnn(
-    shape: Sequence[int], classes: int, *, channels: Sequence[int] = (32, 64), width: int = 128
-) -> nn.Module:
+def cnn(shape: Sequence[int], classes: int, *, channels: Sequence[int] = (32, 64), width: int = 128) -> nn.Module:
     """Build a small convolutional network for images `[channels, height, width]`.
 
     Each stage is a 3x3 convolution, group norm (Wu and He 2018: batches of a stream are too small and too alike
@@ -60,4 +58,3 @@ def torchvision_model(name: str, classes: int, **options: Any) -> nn.Module:
     from torchvision.models import get_model  # noqa: PLC0415 - slow to import, and absent on some machines
 
     return cast("nn.Module", get_model(name, num_classes=classes, **options))
-

@@ -114,7 +114,7 @@ def ema(decay: float) -> Callable[[Any, Any, Any], None]:
     @torch.no_grad()
     def update(average: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
         share = max(1 / (int(updates) + 1), 1 - decay)
-        torch._foreach_lerp_(average, current, share)  # noqa: SLF001 - what torch's own averages call
+        torch._foreach_lerp_(average, current, share)  # what torch's own averages call
 
     return update
 

@@ -42,6 +42,22 @@ class Memories:
         return self.slots, self.x, self.y, self.weights, self.ages
 
 
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """How the past is rehearsed.
+
+    Attributes:
+        updates: optimizer steps a batch, each with memories of its own.
+        records: memories drawn for each update.
+        window: smallest window of latest records that they are drawn from: it is this long at an alarm, and then
+            grows with the detector's. 0 draws from the whole buffer always.
+    """
+
+    updates: int = 2
+    records: int = 32
+    window: int = 256
+
+
 class ReplayBuffer:
     """Proportional prioritized replay (Schaul et al. 2016), vectorised over records.
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+SERVED = "served"
+"""The name of the served answer, beside the names of the peers."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Scored:

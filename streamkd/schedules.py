@@ -72,9 +72,7 @@ def mission_temperature(
     return temperature
 
 
-def loss_driven(
-    low: float = 0.1, high: float = 0.5, maximum: float | None = None, rate: float = 1.1
-) -> Schedule:
+def loss_driven(low: float = 0.1, high: float = 0.5, maximum: float | None = None, rate: float = 1.1) -> Schedule:
     """Softer lessons while the student finds the world hard, plain ones (T = 1) when it knows it.
 
     The target is T_max ** clip((rho - low) / (high - low), 0, 1), with rho the running loss over ln K; the
@@ -90,7 +88,7 @@ def loss_driven(
 
     def temperature(signals: Signals) -> float:
         top = maximum or min(max(1 + log2(signals.classes / 2), 1.0), 4.0)
-        target = top ** _clip((signals.difficulty - low) / (high - low))
+        target: float = top ** _clip((signals.difficulty - low) / (high - low))
         value = 1.0 if signals.previous is None else signals.previous
         return min(max(target, value / rate), value * rate)
 
@@ -115,9 +113,7 @@ def mission_alpha() -> Schedule:
     return alpha
 
 
-def competence(
-    maximum: float = 1.0, steepness: float = 8.0, prior: float = 0.5, half_life: int = 32
-) -> Schedule:
+def competence(maximum: float = 1.0, steepness: float = 8.0, prior: float = 0.5, half_life: int = 32) -> Schedule:
     """Listen to a competent teacher, the more so the further one lags, and not while the world is drifting.
 
     alpha = maximum * c * min(1, 2 sigmoid(steepness * (rho_student - rho_teacher) + prior * ln(C_T / C_S)))
@@ -130,7 +126,7 @@ def competence(
         trust = _clip(1 - signals.teacher_difficulty)
         lag = steepness * (signals.difficulty - signals.teacher_difficulty)
         lag += prior * log(signals.teacher_capacity / signals.capacity)
-        calm = 1 - 0.5 ** (signals.updates_since_drift / half_life)
+        calm: float = 1 - 0.5 ** (signals.updates_since_drift / half_life)
         return maximum * trust * min(1.0, 2 * _sigmoid(lag)) * calm
 
     return alpha

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TINY = 1e-6
+"""A teacher of less entropy than this, in nats, is taken for one that always answers the same."""
+
 
 class TransferEfficiency:
     """eta = I(argmax p_T; argmax p_S) / H(argmax p_T), from a table of answers that forgets exponentially.
@@ -41,7 +44,7 @@ class TransferEfficiency:
         teacher, student = joint.sum(2), joint.sum(1)
         entropy = _entropy(teacher)
         information = entropy + _entropy(student) - _entropy(joint.flatten(1))
-        return torch.where(entropy > 1e-6, information / entropy.clamp(min=1e-6), 0.0).clamp(0, 1)
+        return torch.where(entropy > TINY, information / entropy.clamp(min=TINY), 0.0).clamp(0, 1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the table."""
@@ -53,4 +56,5 @@ class TransferEfficiency:
 
 
 def _entropy(p: Tensor) -> Tensor:
-    return torch.special.entr(p).sum(-1)
+    entropies: Tensor = torch.special.entr(p).sum(-1)
+    return entropies

@@ -35,13 +35,13 @@ class Columns:
     is 1 (Weinberger et al. 2009), so new values need no new weights.
 
     Attributes:
-        label: the column that holds the label; None where there is none.
+        label: the column that holds the label.
         numeric, categorical: names of columns, in order.
         buckets: features a categorical column.
         missing: cells that mean "not known".
     """
 
-    label: str | None
+    label: str
     numeric: tuple[str, ...]
     categorical: tuple[str, ...]
     buckets: int
@@ -87,8 +87,6 @@ class Columns:
 
     def label_of(self, cells: Mapping[str, object]) -> str | None:
         """Return the label as it is written; None where it is not known."""
-        if self.label is None:
-            return None
         if self.label not in cells:
             raise RefusedError("no_label_column", f"there is no {self.label!r} in the record")
         label = cells[self.label]
@@ -101,7 +99,7 @@ def assign(
     present: Sequence[str],
     *,
     where: str,
-    label: str | None,
+    label: str,
     categorical: Sequence[str],
     ignore: Sequence[str],
     buckets: int,
@@ -112,7 +110,11 @@ def assign(
     Args:
         present: names of the columns, in order.
         where: the file, for messages.
-        label, categorical, ignore, buckets, missing: the user's settings.
+        label: the user's setting, and likewise the others.
+        categorical: columns of text.
+        ignore: columns to leave out.
+        buckets: features a categorical column.
+        missing: cells that mean "not known".
 
     Raises:
         ConfigError: a column is named twice or is not there, or no column is left to learn from.
@@ -120,7 +122,7 @@ def assign(
     doubles = sorted({name for name in present if list(present).count(name) > 1})
     if doubles:
         raise ConfigError(f"feed.path = {where!r}: two columns are called {doubles[0]!r}; rename one")
-    for key, names in (("label", [label] if label else []), ("categorical", categorical), ("ignore", ignore)):
+    for key, names in (("label", [label]), ("categorical", categorical), ("ignore", ignore)):
         for name in names:
             if name not in present:
                 close = get_close_matches(name, present, n=1)

@@ -79,7 +79,11 @@ class DriftingFeed:
     def _generate(self) -> Iterator[Record]:
         before, fading = self.drifts[2] - self.drifts[1], max(2, self.records // 50)
         c_into_d = synth.ConceptDriftStream(
-            self._concept(2), self._concept(3), seed=self._seed, position=before, width=max(fading, before // 100)
+            self._concept(2),
+            self._concept(3),
+            seed=self._seed,
+            position=before,
+            width=max(fading, before // 100),
         )
         stretches = [
             islice(self._concept(0), self.drifts[0]),

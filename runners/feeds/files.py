@@ -3,7 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,16 +47,18 @@ class FileFeed:
         self._classes = ClassMap(max_classes)
         self._records = 0
         self.shape: tuple[int, ...] = (self._columns.width,)
-        self._look(self._lines.offset, self._lines.number)
+        self._look()
 
     def poll(self, records: int) -> Batch | None:
         """Return the next `records` usable records; fewer at the end, then None."""
-        rows, labels = [], []
-        for features, label, _ in self._usable(self._classes, self._refuse):
-            rows.append(features)
-            labels.append(UNLABELLED if label is None else label)
-            if len(rows) == records:
-                break
+        rows: list[np.ndarray] = []
+        labels: list[int] = []
+        while len(rows) < records and (found := self._next(self._classes)) is not None:
+            if isinstance(found, DeadLetter):
+                self._refuse(found)
+                continue
+            rows.append(found.features)
+            labels.append(UNLABELLED if found.label is None else found.label)
         if not rows:
             return None
         self._records += len(rows)
@@ -104,66 +107,56 @@ class FileFeed:
             "classes": list(self._classes.labels),
         }
 
-    def first(self, records: int) -> Iterator[tuple[np.ndarray, str | None]]:
-        """Return the first usable records with their labels as written, and stay where the feed stands."""
-        offset, number, labels = self._lines.offset, self._lines.number, ClassMap(self._classes.limit)
-        for count, (features, _, label) in enumerate(self._usable(labels, lambda _: None), 1):
-            yield features, label
-            if count == records:
-                break
-        self._lines.seek(offset, number)
-
     def close(self) -> None:
         """Close the file."""
         self._lines.close()
 
-    def _look(self, offset: int, number: int) -> None:
+    def _look(self) -> None:
         """Refuse a file of which nothing can be used, or in which no record has a label."""
+        offset, number = self._lines.offset, self._lines.number
+        classes = ClassMap(self._classes.limit)
         refused: list[DeadLetter] = []
-        usable = labelled = 0
-        for _, label, _ in self._usable(ClassMap(self._classes.limit), refused.append):
+        usable = 0
+        while usable + len(refused) < FIRST_LOOK and (found := self._next(classes)) is not None:
+            if isinstance(found, DeadLetter):
+                refused.append(found)
+                continue
             usable += 1
-            labelled += label is not None
-            if labelled or usable == FIRST_LOOK:
-                break
-            if len(refused) >= FIRST_LOOK:
-                break
-        if not usable and refused:
-            first = refused[0]
-            raise ConfigError(
-                f"feed.path = {str(self.path)!r}: none of its first {len(refused)} records can be used; line "
-                f"{first.place['line']}: {first.detail}. Name columns of text in feed.categorical or feed.ignore, "
-                "and cells that mean 'not known' in feed.missing"
-            )
-        if not usable:
-            raise FeedError(f"feed.path = {str(self.path)!r}: there is no record in it")
-        if self._columns.label is not None and not labelled:
+            if found.label is not None:
+                self._lines.seek(offset, number)
+                return
+        path = f"feed.path = {str(self.path)!r}"
+        if usable:
             raise ConfigError(
                 f"feed.label = {self._columns.label!r}: none of the first {usable} records has a label there; "
                 "name the column that holds the labels"
             )
-        self._lines.seek(offset, number)
+        if not refused:
+            raise FeedError(f"{path}: there is no record in it")
+        raise ConfigError(
+            f"{path}: none of its first {len(refused)} records can be used; line {refused[0].place['line']}: "
+            f"{refused[0].detail}. Name columns of text in feed.categorical or feed.ignore, and cells that mean "
+            "'not known' in feed.missing"
+        )
 
-    def _usable(self, classes: ClassMap, refuse: Refuse) -> Iterator[tuple[np.ndarray, int | None, str | None]]:
-        """Yield features, class index and label of every record that can be used; refuse the others."""
-        while True:
-            try:
-                lines = self._reader.take(self._lines)
-            except TruncatedError as error:
-                place = {"line": self._lines.number, "offset": self._lines.offset}
-                refuse(DeadLetter("truncated", f"the file breaks off: {error}", b"", place))
-                return
-            if not lines:
-                return
-            try:
-                yield self._decode(lines, classes)
-            except RefusedError as error:
-                # A quote that was never closed has swallowed what follows: only its own line is at fault.
-                self._lines.give_back(lines[1:])
-                place = {"line": lines[0].number, "offset": lines[0].offset}
-                refuse(DeadLetter(error.reason, error.detail, lines[0].raw, place))
+    def _next(self, classes: ClassMap) -> "Record | DeadLetter | None":
+        """Read one record, or say why it cannot be used; None at the end."""
+        try:
+            lines = self._reader.take(self._lines)
+        except TruncatedError as error:
+            place = {"line": self._lines.number, "offset": self._lines.offset}
+            return DeadLetter("truncated", f"the file breaks off: {error}", b"", place)
+        if not lines:
+            return None
+        try:
+            return self._decode(lines, classes)
+        except RefusedError as error:
+            # A quote that was never closed has swallowed what follows: only its own line is at fault.
+            self._lines.give_back(lines[1:])
+            place = {"line": lines[0].number, "offset": lines[0].offset}
+            return DeadLetter(error.reason, error.detail, lines[0].raw, place)
 
-    def _decode(self, lines: list[Line], classes: ClassMap) -> tuple[np.ndarray, int | None, str | None]:
+    def _decode(self, lines: list[Line], classes: ClassMap) -> "Record":
         if lines[0].too_long:
             raise RefusedError("too_long", f"a line of {lines[0].end - lines[0].offset} bytes")
         try:
@@ -174,10 +167,17 @@ class FileFeed:
         features, label = self._columns.features(cells), self._columns.label_of(cells)
         index = None if label is None else classes.index(label)
         if label is not None and index is None:
-            raise RefusedError(
-                "too_many_classes", f"label {label!r} would be the {classes.limit + 1}th; max_classes = {classes.limit}"
-            )
-        return features, index, label
+            limit = classes.limit
+            raise RefusedError("too_many_classes", f"label {label!r} would be the {limit + 1}th; max_classes = {limit}")
+        return Record(features, index)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Record:
+    """One record decoded: `features` `[width]` float32, and the class index of its label, None where not known."""
+
+    features: np.ndarray
+    label: int | None
 
 
 class Csv:
@@ -271,7 +271,7 @@ def text_file(
     path: Path,
     *,
     kind: str,
-    label: str | None = None,
+    label: str,
     categorical: tuple[str, ...] = (),
     ignore: tuple[str, ...] = (),
     buckets: Annotated[int, Field(ge=2, le=65_536)] = 16,
@@ -285,7 +285,7 @@ def text_file(
     Args:
         path: of the file.
         kind: `csv` or `jsonl`.
-        label: column with the label; where its cell is empty the label is not known. None: no labels at all.
+        label: column with the label; where its cell is empty the label is not known.
         categorical: columns of text, hashed into `buckets` features each.
         ignore: columns to leave out.
         buckets: features a categorical column.

@@ -50,6 +50,7 @@ class Lines:
         except OSError as error:
             raise FeedError(f"feed.path = {str(path)!r}: {error.strerror or error}; check the path") from None
         self._returned: deque[Line] = deque()
+        self._broken = False
         self.number = 1
         self.offset = 0
 
@@ -57,8 +58,10 @@ class Lines:
         """Return the next line; None at the end.
 
         Raises:
-            TruncatedError: see there.
+            TruncatedError: once; after it comes the end.
         """
+        if self._broken:
+            return None
         line = self._returned.popleft() if self._returned else self._read()
         if line is not None:
             self.number, self.offset = line.number + 1, line.end
@@ -73,6 +76,7 @@ class Lines:
     def seek(self, offset: int, number: int) -> None:
         """Go to a line by its place; in a compressed file all before it is read again."""
         self._returned.clear()
+        self._broken = False
         try:
             self._file.seek(offset)
         except (EOFError, OSError, zlib.error) as error:
@@ -99,6 +103,7 @@ class Lines:
                 if not rest or rest.endswith(b"\n"):
                     break
         except (EOFError, OSError, zlib.error) as error:
+            self._broken = True
             raise TruncatedError(str(error)) from error
         return Line(raw, self.number, self.offset, self.offset + size) if raw else None
 

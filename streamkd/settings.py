@@ -1,0 +1,179 @@
+"""Every setting of an engine: its type, its bounds, its default; and what is said of one that does not fit."""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from streamkd.errors import ConfigError
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Factor = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """A table of settings: no key but these, no value out of range."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+class Part(BaseModel):
+    """A table that names a part by its `kind`; its other keys are the part's options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    kind: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All keys but `kind`."""
+        return dict(self.model_extra or {})
+
+
+class PeerSettings(Settings):
+    """One peer: its model, its optimizer, its average."""
+
+    name: str = Field(min_length=1)
+    model: Part = Part(kind="mlp")
+    optimizer: Part = Part(kind="sgd")
+    ema_horizon: Annotated[float, Field(ge=1, description="updates that the averaged weights look back")] = 10.0
+    clip: Annotated[float, Field(gt=0, description="largest norm of the gradient")] = 2.0
+
+
+class DistillationSettings(Settings):
+    """How peers teach one another."""
+
+    scheme: Literal["leader", "mutual", "ensemble", "average", "static", "none"] = "leader"
+    loss: Part = Part(kind="kd")
+    temperature: Part = Part(kind="loss_driven")
+    alpha: Part = Part(kind="competence")
+    beta: Part = Part.model_validate({"kind": "constant", "value": 1.0})
+    gate: Literal["better", "soft", "open"] = "better"
+    burn_in: Count = 10
+    freeze_after: Count = 1_000
+
+
+class RolesSettings(Settings):
+    """Who becomes teacher, and when."""
+
+    rule: Literal["tested", "mission", "never"] = "tested"
+    every: Positive = 16
+    bar: Share = 0.95
+    margin: Annotated[float, Field(ge=0)] = 0.005
+    tenure: Count = 64
+    tenure_drift: Count = 8
+
+
+class ServedSettings(Settings):
+    """How members are weighted in the served answer."""
+
+    gamma: Share = 0.99
+    gamma_drift: Share = 0.98
+    drift_batches: Count = 64
+    floor: Share = 0.01
+
+
+class ReplaySettings(Settings):
+    """The memory, and how it is rehearsed."""
+
+    capacity: Count = 2_000
+    alpha: Share = 0.6
+    beta: Share = 0.4
+    beta_records: Positive = 20_000
+    evict: Literal["ring", "lowest", "reservoir"] = "ring"
+    cap: Annotated[float, Field(gt=0, le=1)] = 0.95
+    updates: Annotated[int, Field(ge=1, le=64, description="optimizer steps a batch")] = 2
+    records: Annotated[int, Field(ge=0, description="memories drawn for each update")] = 32
+    window: Annotated[int, Field(ge=0, description="least records drawn from; 0: all of the buffer")] = 256
+
+
+class DriftSettings(Settings):
+    """What is watched for drift, and what is done about it."""
+
+    detector: Part = Part(kind="adwin")
+    signal: Literal["error", "loss"] = "error"
+    temperature_boost: Annotated[float, Field(ge=1)] = 1.0
+    rate_boost: Annotated[float, Field(ge=1)] = 1.0
+    boost_half_life: Positive = 32
+
+
+class InputSettings(Settings):
+    """How raw inputs are scaled."""
+
+    standardise: bool = True
+    clip: Factor = 8.0
+    horizon: Positive = 100_000
+
+
+class LabelSettings(Settings):
+    """Predictions that wait for their labels."""
+
+    pending_capacity: Count = 10_000
+
+
+class EngineSettings(Settings):
+    """Everything that makes an Engine."""
+
+    batch: Annotated[int, Field(ge=1, le=65_536, description="records a step")] = 16
+    seed: Count = 0
+    deterministic: bool = False
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    max_classes: Annotated[int, Field(ge=2, le=65_536, description="width of the models' output")] = 100
+    peers: Annotated[tuple[PeerSettings, ...], Field(min_length=2)]
+    distillation: DistillationSettings = DistillationSettings()
+    roles: RolesSettings = RolesSettings()
+    served: ServedSettings = ServedSettings()
+    replay: ReplaySettings = ReplaySettings()
+    drift: DriftSettings = DriftSettings()
+    inputs: InputSettings = InputSettings()
+    labels: LabelSettings = LabelSettings()
+
+
+def validate(model: type[AnySettings], data: Mapping[str, Any]) -> AnySettings:
+    """Check a table of settings.
+
+    Raises:
+        ConfigError: one line for each mistake, with the key, the value and what would do.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(complaints(error, "", model))) from None
+
+
+def complaints(error: ValidationError, prefix: str, model: type[BaseModel] | None = None) -> Iterator[str]:
+    """Yield a line for each mistake: the key, the value and what would do."""
+    for problem in error.errors(include_url=False):
+        key = ".".join(str(part) for part in ([prefix] if prefix else []) + list(problem["loc"]))
+        if problem["type"] == "extra_forbidden":
+            known = list(keys(model)) if model else []
+            yield f"{key}: no such setting{did_you_mean(key, known)}"
+        elif problem["type"].startswith("missing"):
+            yield f"{key}: missing; set it"
+        else:
+            message = problem["msg"][:1].lower() + problem["msg"][1:]
+            yield f"{key} = {problem['input']!r}: {message}"
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Return every key of a model of settings, those of its tables included."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{name}"
+        yield key
+        for inner in [field.annotation, *get_args(field.annotation)]:
+            if inspect.isclass(inner) and issubclass(inner, Settings):
+                index = ".0" if field.annotation is not inner else ""
+                yield from keys(inner, f"{key}{index}.")
+
+
+def did_you_mean(name: str, known: Any, prefix: str = "") -> str:
+    """Return the end of a message: the known name that is closest, if any is close."""
+    close = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    dot = f"{prefix}." if prefix else ""
+    return f"; did you mean {dot}{close[0]}?" if close else ""
