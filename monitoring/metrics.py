@@ -65,7 +65,8 @@ class Metrics:
         parts = ("hard", "soft", "total")
         self._loss = {(p, c): self.loss.labels(peer=p, component=c) for p in peers for c in parts}
         self._norm = {name: self.gradient_norm.labels(peer=name) for name in peers}
-        self._nonfinite = {name: self.nonfinite.labels(peer=name, action="skipped") for name in peers}
+        actions = ("skipped", "restarted")
+        self._nonfinite = {(p, a): self.nonfinite.labels(peer=p, action=a) for p in peers for a in actions}
         self._temperature = {name: self.temperature.labels(peer=name) for name in peers}
         self._alpha = {pair: self.alpha.labels(teacher=pair[0], student=pair[1]) for pair in sources}
         self._divergence = {name: self.divergence.labels(student=name) for name in peers}
@@ -83,7 +84,7 @@ class Metrics:
         self._saves = {result: self.saves.labels(result=result) for result in ("success", "failure")}
         self._restores = {result: self.restores.labels(result=result) for result in ("success", "fallback")}
         self._states = {state: self.state.labels(state=state) for state in STATES}
-        self._skipped: dict[str, int] = {}
+        self._unsound: dict[tuple[str, str], int] = {}
         self._joined = self._expired = 0
         self._seen_refused: dict[str, int] = {}
 
@@ -192,8 +193,9 @@ class Metrics:
             self._transfer[name].set(peer.transfer_efficiency)
             self._capacity[name].set(peer.capacity_ratio)
             self._teacher[name].set(name == report.teacher)
-            self._nonfinite[name].inc(peer.skipped - self._skipped.get(name, 0))
-            self._skipped[name] = peer.skipped
+            for action, count in (("skipped", peer.skipped), ("restarted", peer.restarts)):
+                self._nonfinite[name, action].inc(count - self._unsound.get((name, action), 0))
+                self._unsound[name, action] = count
             if report.trained:
                 self._norm[name].observe(peer.gradient_norm)
                 self._divergence[name].observe(peer.divergence)
@@ -225,13 +227,15 @@ class Metrics:
         """Take in an attempt to save that failed."""
         self._saves["failure"].inc()
 
-    def observe_restore(self, result: str, *, skipped: Mapping[str, int], joined: int, expired: int) -> None:
+    def observe_restore(
+        self, result: str, *, unsound: Mapping[tuple[str, str], int], joined: int, expired: int
+    ) -> None:
         """Take in a restore: `success`, or `fallback` to an older checkpoint.
 
         What the engine has counted until then is where this process's counters start.
         """
         self._restores[result].inc()
-        self._skipped, self._joined, self._expired = dict(skipped), joined, expired
+        self._unsound, self._joined, self._expired = dict(unsound), joined, expired
 
 
 class BulkHistogram(Collector):

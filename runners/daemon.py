@@ -172,7 +172,8 @@ class Daemon:
         self._saved_records = self._tried_records = self._last_line = engine.records
         self.metrics.observe_restore(
             result,
-            skipped={peer.name: peer.skipped for peer in engine.cohort.peers},
+            unsound={(p.name, "skipped"): p.skipped for p in engine.cohort.peers}
+            | {(p.name, "restarted"): p.restarts for p in engine.cohort.peers},
             joined=engine.pending.joined,
             expired=engine.pending.expired,
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from monitoring.prequential import WINDOW, Tally
 from monitoring.trace import Trace
@@ -46,20 +47,13 @@ def draw(path: Path, tally: Tally, trace: Trace, *, title: str, drifts: Sequence
     for number, record in enumerate(tally.drifts):
         label = "drift found" if number == 0 else None
         axes.axvline(record, color="#cc3311", linewidth=1, linestyle="--", zorder=1, label=label)
-    floor = axes.get_ylim()[0]
+    floor = _floor(trace)
+    axes.set_ylim(bottom=floor)
     if tally.swaps:
         places = [swap["record"] for swap in tally.swaps]
-        axes.plot(
-            places,
-            [floor] * len(places),
-            "^",
-            color="#aa3377",
-            markersize=8,
-            clip_on=False,
-            label="role swap",
-        )
-        axes.set_ylim(bottom=floor)
+        axes.plot(places, [floor] * len(places), "^", color="#aa3377", markersize=8, clip_on=False, label="role swap")
     axes.set_xlabel("records learned")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylabel(f"accuracy over the last {WINDOW:,} records, %")
     axes.set_title(title, loc="left")
     axes.margins(x=0.01)
@@ -70,3 +64,14 @@ def draw(path: Path, tally: Tally, trace: Trace, *, title: str, drifts: Sequence
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: the picture cannot be written: {error}") from None
+
+
+def _floor(trace: Trace) -> float:
+    """Return where the axis starts: the climb from nothing may leave the picture, so that the rest can be seen."""
+    settled = [
+        100 * value
+        for points in trace.accuracy.values()
+        for record, value in zip(trace.records, points, strict=True)
+        if record > WINDOW
+    ]
+    return max(0.0, min(settled) - 4) if settled else 0.0

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from streamkd.batch import Output
-from streamkd.logits import cross_entropy, mask_unseen
+from streamkd.logits import UNSEEN, cross_entropy, mask_unseen
 from streamkd.losses import Loss, kd
 from streamkd.peer import Peer
 from streamkd.report import SERVED
 from streamkd.schedules import Schedule, Signals, competence, constant, loss_driven
+
+STUCK = 8
+"""Updates in a row without a finite gradient after which a peer is restarted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +167,11 @@ class Cohort:
             gradient = gradient + soft_gradient * room.clamp(max=1.0)[..., None]
         logits.backward(gradient * lesson.weights[:, None])  # type: ignore[no-untyped-call]
         norms = torch.tensor([self._step(index, teacher) for index in range(len(self))])
+        self._restart_stuck(teacher)
         self.updates += 1
         answers = leaf.detach().argmax(-1)
         return Learned(
-            losses=hard.mean(0),
+            losses=hard.nanmean(0),
             hard=hard.mean(1),
             soft=soft.mean(1),
             total=((betas * hard + soft) * lesson.weights).sum(1),
@@ -206,11 +210,13 @@ class Cohort:
         """Weighted and plain distillation loss `[peers, m]`, and its gradient at the logits `[peers, m, classes]`."""
         sources, students = (list(side) for side in zip(*self.alphas, strict=True))
         taught = self._sources(leaf.detach(), lesson.x, seen=seen, weights=weights)[sources]
+        sound = taught.isfinite().all(-1)  # a teacher that broke down teaches nothing
+        taught = torch.where(sound[..., None], taught, 0.0)
         temperature = torch.tensor([self._softness[student] for student in students]).to(leaf)[:, None]
         loss = self.distillation.loss(Output(leaf[students]), Output(taught), lesson.y, temperature)
         # A student of several teachers hears their mean (1 / (P - 1) in deep mutual learning).
         shares = torch.tensor([alpha / students.count(j) for (_, j), alpha in self.alphas.items()]).to(leaf)
-        gate = self._gate(hard[students], cross_entropy(taught, lesson.y))
+        gate = self._gate(hard[students], cross_entropy(taught, lesson.y)) * sound
         weighted = shares[:, None] * gate * loss
         (gradient,) = torch.autograd.grad(weighted.sum(), leaf)
         index = torch.tensor(students, device=leaf.device)
@@ -226,7 +232,8 @@ class Cohort:
             return logits
         averages = mask_unseen(torch.stack([peer.predict_average(x).logits for peer in self.peers]), seen)
         members = torch.cat([logits, averages])
-        served = (members.log_softmax(-1) + weights.to(logits).log()[:, None, None]).logsumexp(0)
+        log_p = members.log_softmax(-1) + weights.to(logits).log()[:, None, None]
+        served = log_p.nan_to_num(nan=UNSEEN).logsumexp(0)
         return torch.cat([members, served[None]])
 
     def _gate(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -244,6 +251,13 @@ class Cohort:
             self.peers[index].optimizer.zero_grad(set_to_none=True)
             return 0.0
         return self.peers[index].step(1 + (rule.rate_boost - 1) * self._alertness())
+
+    def _restart_stuck(self, teacher: int) -> None:
+        """Give a peer that stays non-finite the weights of the teacher in office, or of any peer that is well."""
+        for peer in self.peers:
+            if peer.stuck >= STUCK:
+                healthy = [self.peers[teacher], *self.peers]
+                peer.restart(next((other for other in healthy if not other.stuck), peer))
 
     def _alertness(self) -> float:
         """1 at an alarm, halving every `boost_half_life` updates."""

@@ -124,7 +124,8 @@ class Engine:
             everyone = [*self.cohort.names, SERVED]
             return Scored(y, dict.fromkeys(everyone, y), dict.fromkeys(everyone, y.float()))
         index = y[None, :, None].expand(len(answers.log_p), -1, 1)
-        log_p = answers.log_p.gather(2, index)[..., 0].clamp(min=_LOG_FLOOR)  # [members, m]
+        log_p = answers.log_p.gather(2, index)[..., 0]  # [members, m]
+        log_p = log_p.nan_to_num(nan=_LOG_FLOOR).clamp(min=_LOG_FLOOR)  # who says nothing is charged the most
         predicted = answers.log_p[:peers].argmax(-1)
         correct = predicted == y
         served_loss = -answers.served.gather(1, y[:, None])[:, 0].clamp(min=FLOOR).log()
@@ -282,6 +283,7 @@ class Engine:
                 divergence=divergence,
                 gradient_norm=norm,
                 skipped=peer.skipped,
+                restarts=peer.restarts,
                 capacity_ratio=peer.capacity / capacity,
                 transfer_efficiency=transferred[i],
             )

@@ -41,22 +41,43 @@ class Peer:
         self.name = name
         self.clip = clip
         self.skipped = 0
+        self.stuck = 0  # steps skipped one after the other
+        self.restarts = 0
+        self._build, self._make_optimizer, self._horizon, self._seed = build, optimizer, horizon, seed
+        self._device = torch.device("cpu")
+        self._start()
+        self.capacity = sum(p.numel() for p in self._parameters if p.requires_grad)
+
+    def _start(self) -> None:
         with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.module = build()
-        self.optimizer = optimizer(self.module.parameters())
+            torch.manual_seed(self._seed + self.restarts * 1_000_003)
+            self.module = self._build().to(self._device)
+        self._parameters = list(self.module.parameters())
+        self.optimizer = self._make_optimizer(self._parameters)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.average = AveragedModel(self.module, multi_avg_fn=ema(1 - 1 / horizon))
+        self.average = AveragedModel(self.module, multi_avg_fn=ema(1 - 1 / self._horizon))
         self.average.requires_grad_(requires_grad=False)
         self.average.eval()
-        self.capacity = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
-        self._parameters = list(self.module.parameters())
 
     def to(self, device: torch.device) -> "Peer":
         """Move the model and its average; call before the first update."""
+        self._device = device
         self.module.to(device)
         self.average.to(device)
         return self
+
+    def restart(self, source: "Peer") -> None:
+        """Begin anew: with the weights of `source` where it is of the same shape and sound, from a fresh start if not.
+
+        Optimizer and average begin anew too.
+        """
+        self.restarts += 1
+        self.stuck = 0
+        self._start()
+        theirs, ours = source.module.state_dict(), self.module.state_dict()
+        alike = {name: w.shape for name, w in theirs.items()} == {name: w.shape for name, w in ours.items()}
+        if alike and all(bool(weight.isfinite().all()) for weight in theirs.values()):
+            self.module.load_state_dict(theirs)
 
     def learn(self, x: Tensor) -> Output:
         """Answer `x` `[n, ...]` in training mode, with a gradient."""
@@ -86,8 +107,10 @@ class Peer:
                 group["lr"] = base * rate
             self.optimizer.step()
             self.average.update_parameters(self.module)
+            self.stuck = 0
         else:
             self.skipped += 1
+            self.stuck += 1
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -98,6 +121,8 @@ class Peer:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "skipped": self.skipped,
+            "stuck": self.stuck,
+            "restarts": self.restarts,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,7 +130,7 @@ class Peer:
         self.module.load_state_dict(state["module"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.skipped = state["skipped"]
+        self.skipped, self.stuck, self.restarts = state["skipped"], state["stuck"], state["restarts"]
 
 
 def ema(decay: float) -> Callable[[Any, Any, Any], None]:

@@ -41,6 +41,7 @@ class PeerReport:
         divergence: from its teachers, in nats.
         gradient_norm: before clipping.
         skipped: steps not taken for want of a finite gradient, since the start.
+        restarts: how often it was restarted because it stayed non-finite.
         capacity_ratio: its trainable parameters over its teacher's.
         transfer_efficiency: mutual information of teacher's and student's answers over the teacher's entropy.
     """
@@ -55,6 +56,7 @@ class PeerReport:
     divergence: float
     gradient_norm: float
     skipped: int
+    restarts: int
     capacity_ratio: float
     transfer_efficiency: float
 

@@ -20,10 +20,10 @@ Record = tuple[Mapping[str, float], int]
 class DriftingFeed:
     """Four concepts of moving clusters (random radial basis functions) in five stretches of equal length.
 
-    A gives way to B, and B to C, at once; C fades into D over a tenth of a stretch; then A comes back at once.
+    A gives way to B, and B to C, at once; C fades into D over a fifth of a stretch; then A comes back at once.
 
     Attributes:
-        drifts: after how many records the concept changes: where it does, or the middle of the fading.
+        drifts: after how many records the concept changes, or begins to.
     """
 
     def __init__(self, records: int, seed: int) -> None:
@@ -105,7 +105,7 @@ class DriftingFeed:
 
 def drifting(
     *,
-    records: Annotated[int, Field(ge=50)] = 100_000,
+    records: Annotated[int, Field(ge=100)] = 100_000,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> DriftingFeed:
     """Make a stream of `records` records with four known drifts; see `DriftingFeed`."""

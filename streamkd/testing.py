@@ -1,0 +1,125 @@
+"""Contract checks, for authors of parts of their own: what the built-in ones pass, a plug-in should pass.
+
+Each raises AssertionError with a sentence that says what does not hold.
+"""
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from streamkd.batch import UNLABELLED, Batch, Output
+from streamkd.drift import DriftDetector
+from streamkd.losses import Loss
+from streamkd.replay import ReplayBuffer
+from streamkd.schedules import Schedule, Signals
+
+
+def check_loss(loss: Loss, classes: int = 4) -> None:
+    """Check a loss: one value an example, finite, differentiable, pairs of peers independent of one another."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(3, 5, classes, generator=generator).requires_grad_()
+    teacher = torch.randn(3, 5, classes, generator=generator)
+    y = torch.tensor([0, 1, UNLABELLED, 2 % classes, 3 % classes])
+    temperature = torch.tensor([[1.0], [2.0], [4.0]])
+    together = loss(Output(student), Output(teacher), y, temperature)
+    _hold(together.shape == (3, 5), f"one value an example: {list(together.shape)} came of [3, 5, {classes}] logits")
+    _hold(bool(together.isfinite().all()), "every value is finite")
+    (gradient,) = torch.autograd.grad(together.sum(), student)
+    _hold(bool(gradient.isfinite().all()), "every gradient is finite")
+    alone = torch.stack(
+        [loss(Output(student[i]), Output(teacher[i]), y, temperature[i]) for i in range(len(student))]
+    )
+    _hold(torch.allclose(together, alone, atol=1e-5), "pairs in one call are what they are in calls of their own")
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Check a schedule: a finite, non-negative value for any signals, the same for the same, from its own last one on."""
+    value: float | None = None
+    for update, loss in enumerate([3.0, 0.7, 0.2, 0.01, 0.4, 5.0]):
+        signals = Signals(update=update, classes=6, loss=loss, teacher_loss=0.3, previous=value)
+        value = schedule(signals)
+        _hold(value == schedule(signals), "the same signals give the same value: schedules hold no state")
+        _hold(0 <= value < float("inf"), f"the value is finite and not negative; it is {value}")
+
+
+def check_detector(make: Callable[[], DriftDetector]) -> None:
+    """Check a detector: quiet on a steady stream of few errors, and the same after a restore as without one."""
+    detector = make()
+    steady = [float(i % 10 == 0) for i in range(600)]
+    _hold(sum(detector.update(value) for value in steady) <= 1, "a steady stream raises no row of alarms")
+    restored = make()
+    restored.load_state_dict(detector.state_dict())
+    future = [float(i % 3 > 0) for i in range(600)]
+    _hold(
+        [detector.update(value) for value in future] == [restored.update(value) for value in future],
+        "a restored detector raises the alarms that it would have raised",
+    )
+    _hold(detector.width == restored.width, "and it has the same width")
+
+
+def check_replay(make: Callable[[], ReplayBuffer]) -> None:
+    """Check a memory: never more than its capacity, draws what it was given, and the same after a restore."""
+    buffer, restored = make(), make()
+    given = torch.arange(40.0)[:, None]
+    for x in given.split(7):
+        buffer.add(x, x[:, 0].long())
+        _hold(len(buffer) <= buffer.capacity, "it holds no more than its capacity")
+    drawn = buffer.sample(32)
+    _hold(bool((drawn.x[:, 0].long() == drawn.y).all()), "a record comes back with its own label")
+    _hold(0 < float(drawn.weights.min()) and float(drawn.weights.max()) <= 1, "weights are between 0 and 1")
+    buffer.update(drawn.slots, drawn.y.float())
+    restored.load_state_dict(buffer.state_dict())
+    for memory in (buffer, restored):
+        memory.add(given[:3], given[:3, 0].long())
+    same = torch.equal(buffer.sample(64).slots, restored.sample(64).slots)
+    _hold(same, "a restored memory draws what it would have drawn")
+
+
+class AnyFeed(Protocol):
+    """What a feed has to have for `check_feed`."""
+
+    shape: tuple[int, ...]
+
+    def poll(self, records: int) -> Batch | None:
+        """Return up to `records` records; None at the end."""
+
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Go on after the batch that carried `position`."""
+
+
+def check_feed(make: Callable[[], AnyFeed], records: int = 7) -> None:
+    """Check a feed that ends: records in order, and from every position exactly the records that come after it."""
+    batches = _drain(make(), records)
+    _hold(bool(batches), "the feed has records")
+    whole = torch.cat([batch.x for batch in batches])
+    _hold(tuple(whole.shape[1:]) == tuple(make().shape), "records have the shape that the feed tells")
+    given = 0
+    for batch, following in pairwise([*batches, None]):
+        assert batch is not None
+        given += len(batch)
+        feed = make()
+        feed.seek(batch.position)
+        rest = _drain(feed, records)
+        _hold(_same(torch.cat([b.x for b in rest]) if rest else whole[:0], whole[given:]), "after a seek, the rest comes")
+        if following is not None:
+            _hold(torch.equal(rest[0].y, following.y), "with the same labels")
+
+
+def _drain(feed: AnyFeed, records: int) -> list[Batch]:
+    batches = []
+    while (batch := feed.poll(records)) is not None:
+        if len(batch):
+            batches.append(batch)
+    return batches
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, equal_nan=True)
+
+
+def _hold(holds: bool, law: str) -> None:  # noqa: FBT001 - reads as a sentence
+    if not holds:
+        raise AssertionError(f"does not hold: {law}")

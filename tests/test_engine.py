@@ -1,0 +1,281 @@
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamkd import (
+    UNLABELLED,
+    Batch,
+    Distillation,
+    DriftWatch,
+    Election,
+    Engine,
+    Peer,
+    Recall,
+    ReplayBuffer,
+)
+from streamkd.drift import adwin
+from streamkd.models import mlp
+
+CLASSES = 4
+
+
+def world(records: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Clusters whose labels change places halfway."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 3, (records,), generator=generator)
+    x = torch.randn(records, 5, generator=generator) * 0.3 + torch.eye(5)[y] * 2
+    half = records // 2
+    return x, torch.cat([y[:half], (y[half:] + 1) % 3])
+
+
+def batches(records: int = 1600, size: int = 16, late: bool = False) -> list[Batch]:
+    """The world in batches; with `late`, every fifth label comes three batches after its record."""
+    x, y = world(records)
+    made = []
+    for start in range(0, records, size):
+        rows = range(start, min(start + size, records))
+        known = y[rows.start : rows.stop].clone()
+        answers: dict[str, int] = {}
+        if late:
+            known[::5] = UNLABELLED
+            past = range(max(0, start - 3 * size), max(0, start - 2 * size), 5)
+            answers = {str(row): int(y[row]) for row in past}
+        ids = tuple(str(row) for row in rows)
+        made.append(Batch(x[rows.start : rows.stop], known, ids=ids, late=answers, position={"row": rows.stop}))
+    return made
+
+
+class Droopy(nn.Module):
+    """Has all that a checkpoint must not forget: dropout, batch norm's buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, CLASSES)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layers(x)
+        return logits
+
+
+def engine(**options: Any) -> Engine:
+    peers = [
+        Peer("a", partial(mlp, (5,), CLASSES, widths=(16,)), partial(torch.optim.SGD, lr=0.3, momentum=0.5), seed=1),
+        Peer("b", partial(mlp, (5,), CLASSES, widths=(8,)), partial(torch.optim.Adam, lr=0.01), seed=2),
+        Peer("c", Droopy, partial(torch.optim.SGD, lr=0.03), seed=3),
+    ]
+    return Engine(peers, CLASSES, **options)
+
+
+def lively() -> Engine:
+    """An engine in which every part is at work: swaps come easily, and alarms."""
+    return engine(
+        election=Election(3, rule="mission", every=4, tenure=8, tenure_drift=2),
+        drift=DriftWatch(adwin(delta=0.05)),
+        replay=ReplayBuffer(200, seed=5),
+        distillation=Distillation(scheme="mutual", gate="soft", rate_boost=2.0, temperature_boost=1.5),
+    )
+
+
+def assert_same(one: Any, other: Any, path: str = "state") -> None:
+    """Bit for bit, whatever the nesting."""
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{path}.{index}")
+    else:
+        assert one == other, path
+
+
+def test_one_step_is_predict_join_score_adapt_recall_learn_remember(monkeypatch: pytest.MonkeyPatch) -> None:
+    tape: list[str] = []
+    made = engine(recall=Recall(updates=1))
+    made.step(batches()[0])
+
+    def record(part: object, method: str, word: str) -> None:
+        original = getattr(part, method)
+
+        def taped(*arguments: Any, **options: Any) -> Any:
+            tape.append(word)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(part, method, taped)
+
+    record(made.cohort, "predict", "predict")
+    record(made.pending, "join", "join")
+    record(made.served, "update", "score")
+    record(made.drift.detector, "update", "adapt")
+    record(made.roles, "elect", "adapt: elect")
+    record(made.replay, "sample", "recall")
+    record(made.cohort, "learn", "learn")
+    record(made.replay, "update", "remember: priorities")
+    record(made.replay, "add", "remember: records")
+    report = made.step(batches()[1])
+    assert [word for word, before in zip(tape, ["", *tape], strict=False) if word != before] == [
+        "predict",
+        "join",
+        "score",
+        "adapt",
+        "adapt: elect",
+        "recall",
+        "learn",
+        "remember: priorities",
+        "remember: records",
+    ]
+    assert list(report.seconds) == ["predict", "score", "adapt", "recall", "learn", "remember"]
+
+
+@pytest.mark.parametrize("cut", [17, 53, 71])
+def test_a_run_cut_and_resumed_equals_an_unbroken_one(cut: int) -> None:
+    torch.manual_seed(0)
+    unbroken, stream = lively(), batches(late=True)
+    before = [unbroken.step(batch) for batch in stream[:cut]]
+    saved = torch.load(_through_a_file(unbroken.state_dict()), weights_only=True)
+    after = [unbroken.step(batch) for batch in stream[cut:]]
+    torch.manual_seed(99)
+    resumed = lively()
+    resumed.load_state_dict(saved)
+    again = [resumed.step(batch) for batch in stream[cut:]]
+    assert_same(unbroken.state_dict(), resumed.state_dict())
+    for one, other in zip(after, again, strict=True):
+        assert torch.equal(one.served, other.served)
+        assert one.peers == other.peers
+        assert (one.teacher, one.swap, one.alphas) == (other.teacher, other.swap, other.alphas)
+    # The law says something only if there was something to forget.
+    assert any(report.swap for report in before)
+    assert before[-1].pending
+    assert before[-1].joined
+    assert len(unbroken.replay) == 200
+    if cut > 60:
+        assert any(report.drift for report in before)
+
+
+def _through_a_file(state: dict[str, Any]) -> Any:
+    from io import BytesIO  # noqa: PLC0415
+
+    file = BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+def test_every_batch_is_predicted_before_it_is_learned() -> None:
+    made, stream = engine(), batches()
+    for batch in stream[:5]:
+        foretold = made.predict(batch.x)
+        report = made.step(batch)
+        assert torch.equal(report.served, foretold)
+        assert torch.equal(report.scored.predicted["served"], foretold.argmax(1))
+
+
+def test_predicting_changes_nothing() -> None:
+    made, stream = engine(), batches()
+    made.step(stream[0])
+    before = torch.load(_through_a_file(made.state_dict()), weights_only=True)
+    made.predict(stream[1].x)
+    assert_same(before, made.state_dict())
+
+
+def test_a_drift_is_found_and_overcome() -> None:
+    made = engine()
+    reports = [made.step(batch) for batch in batches(3200)]
+    accuracy = [report.scored.correct("served") / report.trained for report in reports]
+    assert sum(accuracy[90:100]) / 10 > 0.95
+    assert accuracy[100] < 0.5
+    assert sum(accuracy[-10:]) / 10 > 0.95
+    found = [alarm.record for report in reports for alarm in report.drift]
+    assert found
+    assert all(1600 < record < 1800 for record in found)
+
+
+def test_unlabelled_records_are_predicted_and_counted_and_teach_nothing() -> None:
+    made, stream = engine(), batches()
+    for batch in stream[:10]:
+        made.step(batch)
+    weights = [p.clone() for peer in made.cohort.peers for p in peer.module.parameters()]
+    x = stream[10].x
+    report = made.step(Batch(x, torch.full((len(x),), UNLABELLED)))
+    assert report.served.shape == (len(x), CLASSES)
+    assert (report.size, report.unlabelled, report.trained) == (len(x), len(x), 0)
+    assert made.records == 11 * 16
+    now = [p for peer in made.cohort.peers for p in peer.module.parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(weights, now, strict=True))
+
+
+def test_a_late_label_is_scored_on_the_answer_given_when_asked() -> None:
+    made, stream = engine(), batches()
+    for batch in stream[:10]:
+        made.step(batch)
+    x, y = stream[10].x[:1], stream[10].y[:1]
+    asked = made.step(Batch(x, torch.tensor([UNLABELLED]), ids=("q",)))
+    said = asked.served.argmax(1)
+    for batch in stream[55:75]:  # the other world: by now it would answer differently
+        made.step(batch)
+    assert made.predict(x).argmax(1) != said
+    report = made.step(Batch(x[:0], y[:0], late={"q": int(y)}))
+    assert torch.equal(report.scored.predicted["served"], said)
+    assert report.trained == 1
+
+
+def test_classes_that_were_never_seen_have_no_probability() -> None:
+    made = engine()
+    for batch in batches()[:20]:
+        report = made.step(batch)
+    assert report.classes == 3
+    assert float(report.served[:, 3].abs().max()) == 0.0
+
+
+def test_records_add_up() -> None:
+    made, stream = engine(), batches(late=True)
+    reports = [made.step(batch) for batch in stream]
+    assert sum(report.size for report in reports) == reports[-1].records == 1600
+    asked_later = sum(report.unlabelled for report in reports)
+    in_time = sum(report.trained for report in reports) - reports[-1].joined
+    assert in_time + asked_later == 1600
+    assert reports[-1].joined + reports[-1].pending + reports[-1].expired == asked_later
+
+
+def test_batches_of_one_and_of_all_are_learned() -> None:
+    x, y = world(300)
+    for size in (1, 300):
+        peers = [Peer(str(i), partial(mlp, (5,), CLASSES, widths=(8,)), seed=i) for i in range(2)]
+        made = Engine(peers, CLASSES)
+        for start in range(0, 300, size):
+            report = made.step(Batch(x[start : start + size], y[start : start + size]))
+        assert report.updates == 2 * 300 // size
+        assert bool(report.served.isfinite().all())
+
+
+@pytest.mark.parametrize("scheme", ["leader", "mutual", "ensemble", "average", "static", "none"])
+def test_every_scheme_learns_the_world(scheme: str) -> None:
+    made = engine(distillation=Distillation(scheme=scheme))
+    reports = [made.step(batch) for batch in batches(960)[:30]]
+    assert sum(report.scored.correct("served") for report in reports[-10:]) / 160 > 0.9
+    taught = {pair for report in reports for pair in report.alphas}
+    assert bool(taught) == (scheme != "none")
+
+
+def test_a_peer_that_breaks_down_does_not_take_the_answer_with_it() -> None:
+    made, stream = engine(), batches()
+    for batch in stream[:20]:
+        made.step(batch)
+    with torch.no_grad():
+        for weight in made.cohort.peers[0].module.parameters():
+            weight.fill_(float("nan"))
+    reports = [made.step(batch) for batch in stream[20:30]]
+    assert all(bool(report.served.isfinite().all()) for report in reports)
+    assert sum(report.scored.correct("served") for report in reports) / 160 > 0.9
+    assert reports[0].peers["a"].skipped == 2
+    assert reports[-1].peers["b"].skipped == 0
+    assert reports[-1].peers["a"].restarts == 1
+    assert all(bool(weight.isfinite().all()) for weight in made.cohort.peers[0].module.parameters())
