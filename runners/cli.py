@@ -141,7 +141,7 @@ def init(name: str | None = None) -> None:
 def main() -> None:
     """Run a command; end with the exit code that its mistake calls for, and without a traceback."""
     try:
-        app(exit_on_error=False)
+        app(sys.argv[1:], exit_on_error=False)
     except CycloptsError:
         sys.exit(2)
     except KeyboardInterrupt:

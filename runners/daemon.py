@@ -59,7 +59,7 @@ class Daemon:
         self.health = Health(time.monotonic, self._settings.http.stalled_seconds)
         self.metrics = Metrics(
             peers=engine.cohort.names,
-            sources=_sources(engine),
+            sources=teaching_pairs(engine),
             feed=running.feed.name,
             reasons=REASONS,
             detector=watch.name,
@@ -252,8 +252,8 @@ def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Any) 
         )
 
 
-def _sources(engine: Engine) -> list[tuple[str, str]]:
-    """Every (teacher, student) that can occur, whoever is in office."""
+def teaching_pairs(engine: Engine) -> list[tuple[str, str]]:
+    """Return every (teacher, student) that can occur, whoever is in office."""
     cohort = engine.cohort
     pairs = {pair for teacher in range(len(cohort)) for pair in cohort.pairs(teacher)}
     return sorted({(cohort.source_name(source), cohort.names[student]) for source, student in pairs})

@@ -59,7 +59,8 @@ def draw(path: Path, tally: Tally, trace: Trace, *, title: str, drifts: Sequence
     axes.margins(x=0.01)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", ncols=4, framealpha=0.9, fontsize="small")
+    if trace.records:
+        axes.legend(loc="lower right", ncols=4, framealpha=0.9, fontsize="small")
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:

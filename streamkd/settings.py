@@ -149,7 +149,12 @@ def validate(model: type[AnySettings], data: Mapping[str, Any]) -> AnySettings:
 
 def complaints(error: ValidationError, prefix: str, model: type[BaseModel] | None = None) -> Iterator[str]:
     """Yield a line for each mistake: the key, the value and what would do."""
-    for problem in error.errors(include_url=False):
+    problems = error.errors(include_url=False)
+    for problem in problems:
+        if problem["type"] == "too_short" and any(
+            other["loc"][:1] == problem["loc"] != other["loc"] for other in problems
+        ):
+            continue  # said of a list only because an entry of it is wrong
         key = ".".join(str(part) for part in ([prefix] if prefix else []) + list(problem["loc"]))
         if problem["type"] == "extra_forbidden":
             known = list(keys(model)) if model else []

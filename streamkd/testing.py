@@ -4,7 +4,6 @@ Each raises AssertionError with a sentence that says what does not hold.
 """
 
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -29,14 +28,12 @@ def check_loss(loss: Loss, classes: int = 4) -> None:
     _hold(bool(together.isfinite().all()), "every value is finite")
     (gradient,) = torch.autograd.grad(together.sum(), student)
     _hold(bool(gradient.isfinite().all()), "every gradient is finite")
-    alone = torch.stack(
-        [loss(Output(student[i]), Output(teacher[i]), y, temperature[i]) for i in range(len(student))]
-    )
+    alone = torch.stack([loss(Output(student[i]), Output(teacher[i]), y, temperature[i]) for i in range(len(student))])
     _hold(torch.allclose(together, alone, atol=1e-5), "pairs in one call are what they are in calls of their own")
 
 
 def check_schedule(schedule: Schedule) -> None:
-    """Check a schedule: a finite, non-negative value for any signals, the same for the same, from its own last one on."""
+    """Check a schedule: finite and not negative, and a function of its signals alone."""
     value: float | None = None
     for update, loss in enumerate([3.0, 0.7, 0.2, 0.01, 0.4, 5.0]):
         signals = Signals(update=update, classes=6, loss=loss, teacher_loss=0.3, previous=value)
@@ -64,12 +61,12 @@ def check_replay(make: Callable[[], ReplayBuffer]) -> None:
     """Check a memory: never more than its capacity, draws what it was given, and the same after a restore."""
     buffer, restored = make(), make()
     given = torch.arange(40.0)[:, None]
-    for x in given.split(7):
+    for x in given.chunk(6):
         buffer.add(x, x[:, 0].long())
         _hold(len(buffer) <= buffer.capacity, "it holds no more than its capacity")
     drawn = buffer.sample(32)
     _hold(bool((drawn.x[:, 0].long() == drawn.y).all()), "a record comes back with its own label")
-    _hold(0 < float(drawn.weights.min()) and float(drawn.weights.max()) <= 1, "weights are between 0 and 1")
+    _hold(float(drawn.weights.min()) > 0 and float(drawn.weights.max()) <= 1, "weights are between 0 and 1")
     buffer.update(drawn.slots, drawn.y.float())
     restored.load_state_dict(buffer.state_dict())
     for memory in (buffer, restored):
@@ -89,21 +86,26 @@ class AnyFeed(Protocol):
     def seek(self, position: Mapping[str, Any]) -> None:
         """Go on after the batch that carried `position`."""
 
+    def close(self) -> None:
+        """Let go of the source."""
+
 
 def check_feed(make: Callable[[], AnyFeed], records: int = 7) -> None:
     """Check a feed that ends: records in order, and from every position exactly the records that come after it."""
-    batches = _drain(make(), records)
+    feed = make()
+    shape, batches = feed.shape, _drain(feed, records)
     _hold(bool(batches), "the feed has records")
     whole = torch.cat([batch.x for batch in batches])
-    _hold(tuple(whole.shape[1:]) == tuple(make().shape), "records have the shape that the feed tells")
+    _hold(tuple(whole.shape[1:]) == tuple(shape), "records have the shape that the feed tells")
     given = 0
-    for batch, following in pairwise([*batches, None]):
-        assert batch is not None
+    for batch, following in zip(batches, [*batches[1:], None], strict=True):
         given += len(batch)
         feed = make()
         feed.seek(batch.position)
         rest = _drain(feed, records)
-        _hold(_same(torch.cat([b.x for b in rest]) if rest else whole[:0], whole[given:]), "after a seek, the rest comes")
+        _hold(
+            _same(torch.cat([b.x for b in rest]) if rest else whole[:0], whole[given:]), "after a seek, the rest comes"
+        )
         if following is not None:
             _hold(torch.equal(rest[0].y, following.y), "with the same labels")
 
@@ -113,6 +115,7 @@ def _drain(feed: AnyFeed, records: int) -> list[Batch]:
     while (batch := feed.poll(records)) is not None:
         if len(batch):
             batches.append(batch)
+    feed.close()
     return batches
 
 

@@ -3,82 +3,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from worlds import CLASSES, batches, engine, lively, world
 
 from streamkd import (
     UNLABELLED,
     Batch,
     Distillation,
-    DriftWatch,
-    Election,
     Engine,
     Peer,
     Recall,
-    ReplayBuffer,
 )
-from streamkd.drift import adwin
 from streamkd.models import mlp
-
-CLASSES = 4
-
-
-def world(records: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Clusters whose labels change places halfway."""
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.randint(0, 3, (records,), generator=generator)
-    x = torch.randn(records, 5, generator=generator) * 0.3 + torch.eye(5)[y] * 2
-    half = records // 2
-    return x, torch.cat([y[:half], (y[half:] + 1) % 3])
-
-
-def batches(records: int = 1600, size: int = 16, late: bool = False) -> list[Batch]:
-    """The world in batches; with `late`, every fifth label comes three batches after its record."""
-    x, y = world(records)
-    made = []
-    for start in range(0, records, size):
-        rows = range(start, min(start + size, records))
-        known = y[rows.start : rows.stop].clone()
-        answers: dict[str, int] = {}
-        if late:
-            known[::5] = UNLABELLED
-            past = range(max(0, start - 3 * size), max(0, start - 2 * size), 5)
-            answers = {str(row): int(y[row]) for row in past}
-        ids = tuple(str(row) for row in rows)
-        made.append(Batch(x[rows.start : rows.stop], known, ids=ids, late=answers, position={"row": rows.stop}))
-    return made
-
-
-class Droopy(nn.Module):
-    """Has all that a checkpoint must not forget: dropout, batch norm's buffers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(5, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, CLASSES)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.layers(x)
-        return logits
-
-
-def engine(**options: Any) -> Engine:
-    peers = [
-        Peer("a", partial(mlp, (5,), CLASSES, widths=(16,)), partial(torch.optim.SGD, lr=0.3, momentum=0.5), seed=1),
-        Peer("b", partial(mlp, (5,), CLASSES, widths=(8,)), partial(torch.optim.Adam, lr=0.01), seed=2),
-        Peer("c", Droopy, partial(torch.optim.SGD, lr=0.03), seed=3),
-    ]
-    return Engine(peers, CLASSES, **options)
-
-
-def lively() -> Engine:
-    """An engine in which every part is at work: swaps come easily, and alarms."""
-    return engine(
-        election=Election(3, rule="mission", every=4, tenure=8, tenure_drift=2),
-        drift=DriftWatch(adwin(delta=0.05)),
-        replay=ReplayBuffer(200, seed=5),
-        distillation=Distillation(scheme="mutual", gate="soft", rate_boost=2.0, temperature_boost=1.5),
-    )
 
 
 def assert_same(one: Any, other: Any, path: str = "state") -> None:

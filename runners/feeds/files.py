@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -300,13 +301,17 @@ def text_file(
     """
     reader = Csv(delimiter) if kind == "csv" else JsonLines()
     lines = Lines(path)
-    columns = assign(
-        reader.columns(lines, path),
-        where=str(path),
-        label=label,
-        categorical=categorical,
-        ignore=ignore,
-        buckets=buckets,
-        missing=missing,
-    )
-    return FileFeed(path, lines, reader, columns, max_classes=max_classes, refuse=refuse)
+    with ExitStack() as unless_it_fits:
+        unless_it_fits.callback(lines.close)
+        columns = assign(
+            reader.columns(lines, path),
+            where=str(path),
+            label=label,
+            categorical=categorical,
+            ignore=ignore,
+            buckets=buckets,
+            missing=missing,
+        )
+        feed = FileFeed(path, lines, reader, columns, max_classes=max_classes, refuse=refuse)
+        unless_it_fits.pop_all()
+        return feed

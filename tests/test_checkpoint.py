@@ -1,0 +1,69 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamkd import checkpoint
+from streamkd.errors import CheckpointError
+
+STATE = {"weights": torch.arange(1000.0), "nested": {"list": [1, 2.5, "three", None]}, "position": {"line": 7}}
+
+
+def saved(directory: Path, step: int = 3) -> Path:
+    return checkpoint.save(directory, step, STATE, {"records": 48})
+
+
+def test_what_was_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    state, about = checkpoint.load(saved(tmp_path))
+    assert torch.equal(state["weights"], STATE["weights"])
+    assert state["nested"] == STATE["nested"]
+    assert (about["step"], about["records"]) == (3, 48)
+
+
+@pytest.mark.parametrize("name", ["state.pt", "about.json", "MANIFEST.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str, damage: str) -> None:
+    path = saved(tmp_path)
+    content = bytearray((path / name).read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    (path / name).write_bytes(content[: len(content) // 2] if damage == "truncate" else content)
+    if damage == "remove":
+        (path / name).unlink()
+    with pytest.raises(CheckpointError, match=f"step-.*{name}|step-.*manifest|step-.*whole"):
+        checkpoint.load(path)
+
+
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = saved(tmp_path, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        saved(tmp_path, 2)
+    assert list(tmp_path.iterdir()) == [first]
+
+
+def test_what_is_half_written_is_never_found(tmp_path: Path) -> None:
+    whole = saved(tmp_path)
+    shutil.copytree(whole, tmp_path / ".step-000000000009.1")
+    assert checkpoint.found(tmp_path) == [whole]
+
+
+def test_the_newest_are_kept_in_order_of_their_steps(tmp_path: Path) -> None:
+    for step in (9, 10, 100, 11):
+        saved(tmp_path, step)
+    checkpoint.prune(tmp_path, 2)
+    assert [json.loads((path / "about.json").read_text())["step"] for path in checkpoint.found(tmp_path)] == [100, 11]
+
+
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_whole_one_left_alone(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    before = (path / "MANIFEST.json").stat().st_ino
+    assert (saved(tmp_path) / "MANIFEST.json").stat().st_ino == before
+    (path / "state.pt").write_bytes(b"")
+    checkpoint.load(saved(tmp_path))

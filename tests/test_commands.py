@@ -1,0 +1,334 @@
+"""The commands as a user types them."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+import torch
+
+from runners import cli
+from streamkd import checkpoint
+
+
+def table(path: Path, records: int = 600, label: str = "y") -> Path:
+    """Write a CSV that is easy to learn."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 3, (records,), generator=generator)
+    x = torch.randn(records, 4, generator=generator) * 0.4 + torch.eye(4)[y] * 2
+    lines = [",".join(f"{v:.5f}" for v in row) + f",class {k}" for row, k in zip(x.tolist(), y.tolist(), strict=True)]
+    path.write_text(f"a,b,c,d,{label}\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def streamkd(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run a command in this process; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["streamkd", *arguments])
+    try:
+        cli.main()
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a command in a process of its own; it is ended when the block is left."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runners.cli", *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+def told(process: subprocess.Popen[str], event: str) -> dict[str, Any]:
+    """Read the log of a process up to an event."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        entry: dict[str, Any] = json.loads(line)
+        if entry["event"] == event:
+            return entry
+    raise AssertionError(f"{event} was never logged")
+
+
+def fetched(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_init_lists_the_shipped_configurations_and_writes_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert streamkd(monkeypatch, "init") == 0
+    assert {"default", "demo", "mission"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert streamkd(monkeypatch, "init", "default") == 0
+    assert "[[peers]]" in Path("default.toml").read_text(encoding="utf-8")
+    assert streamkd(monkeypatch, "init", "default") == 2
+    assert "is there already" in capsys.readouterr().err
+    assert streamkd(monkeypatch, "init", "defualt") == 2
+
+
+def test_eval_prints_a_table_and_writes_json_and_a_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"))
+    arguments = ["eval", "default", "d.csv", "--label", "y", "--json", "out.json", "--plot", "out.png"]
+    assert streamkd(monkeypatch, *arguments) == 0
+    shown = capsys.readouterr().out
+    for word in ("served", "quick", "no-change", "majority", "temporal kappa", "records per second"):
+        assert word in shown
+    result = json.loads(Path("out.json").read_text(encoding="utf-8"))
+    assert (result["records"], result["batch"], result["seed"]) == (600, 16, 0)
+    assert result["accuracy"] > 0.8
+    assert set(result["peers"]) == {"quick", "middle", "steady"}
+    for key in ("balanced_accuracy", "records_per_second", "drifts", "role_swaps", "cohen_kappa", "log_loss"):
+        assert isinstance(result[key], (int, float))
+    assert Path("out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_of_several_seeds_gives_a_list_on_standard_output_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"), 200)
+    for seeds in (["--seed", "1", "2"], ["--seed", "1", "--seed", "2"]):
+        assert streamkd(monkeypatch, "eval", "default", "d.csv", "--label", "y", "--json", "-", *seeds) == 0
+        results = json.loads(capsys.readouterr().out)
+        assert [result["seed"] for result in results] == [1, 2]
+        assert results[0]["log_loss"] != results[1]["log_loss"]
+
+
+def test_eval_gives_the_same_figures_twice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    table(Path("d.csv"), 300)
+    results = []
+    for _ in range(2):
+        assert streamkd(monkeypatch, "eval", "default", "d.csv", "--label", "y", "--json", "-") == 0
+        result = json.loads(capsys.readouterr().out)
+        results.append({key: value for key, value in result.items() if "second" not in key})
+    assert results[0] == results[1]
+
+
+def test_eval_refuses_broken_rows_counts_them_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = table(Path("d.csv")).read_text(encoding="utf-8").splitlines()
+    lines[100], lines[200], lines[300] = "1,2", "1,2,x,4,class 1", "1,2,inf,4,class 1"
+    Path("d.csv").write_text("\n".join(lines), encoding="utf-8")
+    assert streamkd(monkeypatch, "eval", "default", "d.csv", "--label", "y", "--json", "out.json") == 0
+    assert json.loads(Path("out.json").read_text())["records"] == 597
+    assert "1 not_a_number" in capsys.readouterr().out
+    letters = [json.loads(line) for line in Path("dead-letters.jsonl").read_text().splitlines()]
+    assert [(letter["line"], letter["reason"]) for letter in letters] == [
+        (101, "width"),
+        (201, "not_a_number"),
+        (301, "not_finite"),
+    ]
+    assert letters[0]["raw"] == "1,2\n"
+
+
+def test_check_prints_the_configuration_the_records_and_the_models(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"))
+    assert streamkd(monkeypatch, "check", "default", "--set", "feed.path=d.csv", "--set", "feed.label=y") == 0
+    shown = capsys.readouterr().out
+    for word in ("every_records = 10000", "a, b, c, d", "class 2", "15,396", "SGD", "It would run."):
+        assert word in shown
+
+
+BAD = [
+    ("run nowhere.toml", 2, ["nowhere.toml", "no such file", "default"]),
+    ("run defualt", 2, ["did you mean default?"]),
+    ("run default", 2, ["feed.path: missing", "feed.label: missing"]),
+    ("run default --set feed.path=no.csv --set feed.label=y", 3, ["feed.path", "no.csv", "check the path"]),
+    ("run default --set feed.path=d.csv --set feed.label=z", 2, ["feed.label = 'z'", "no such column"]),
+    ("run default --set feed.path=d.csv --set feed.lable=y", 2, ["feed.lable", "did you mean feed.label?"]),
+    ("run default --set feed.kind=cvs", 2, ["feed.kind = 'cvs'", "did you mean csv?"]),
+    ("check default --set feed.path=no.csv --set feed.label=y", 2, ["feed.path", "no.csv"]),
+    ("check default --set replay.capasity=3", 2, ["replay.capasity", "did you mean replay.capacity?"]),
+    ("eval default d.csv", 2, ["feed.label: missing"]),
+    ("eval default no.csv --label y", 3, ["no.csv"]),
+    ("eval default empty.csv --label y", 3, ["empty.csv", "empty"]),
+    ("eval default unlabelled.csv --label y", 2, ["feed.label = 'y'", "has a label"]),
+    ("eval default d.csv --label y --json no/where.json", 2, ["no/where.json"]),
+    ("eval default d.csv --label y --plot out.nonsense", 2, ["out.nonsense"]),
+    ("eval default d.csv --label y --batch 0", 2, ["batch = 0"]),
+    ("eval default d.csv --label y --seed -1", 2, ["seed"]),
+    ("demo --records 5", 2, ["feed.records = 5"]),
+    ("dmeo", 2, ["dmeo", "demo"]),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "words"), BAD, ids=[line for line, _, _ in BAD])
+def test_a_mistake_is_told_on_one_screen_with_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, code: int, words: list[str]
+) -> None:
+    table(Path("d.csv"), 40)
+    Path("empty.csv").touch()
+    Path("unlabelled.csv").write_text("a,y\n1,\n2,\n", encoding="utf-8")
+    assert streamkd(monkeypatch, *line.split()) == code
+    shown = capsys.readouterr()
+    for word in words:
+        assert word in shown.err
+    assert "Traceback" not in shown.err + shown.out
+    assert len(shown.err.splitlines()) < 25
+
+
+def test_a_port_in_use_is_told_with_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert streamkd(monkeypatch, "demo", "--records", "200", "--port", str(port), "--no-live") == 2
+    message = capsys.readouterr().err
+    assert f"http.port = {port}" in message
+    assert "http.port=N" in message
+
+
+def test_the_demo_ends_with_a_table_and_a_picture() -> None:
+    command = [sys.executable, "-m", "runners.cli", "demo", "--records", "2000", "--port", "0", "--no-live"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "true drifts at 400, 800, 1,200, 1,600" in shown
+    for word in ("/metrics", "served", "quick", "The served answer at each true drift"):
+        assert word in shown
+    assert Path("demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_serves_metrics_and_a_second_run_goes_on_where_a_signal_stopped_the_first() -> None:
+    table(Path("d.csv"), 6_000)
+    Path("mine.toml").write_text(
+        Path(cli.__file__).with_name("configurations").joinpath("default.toml").read_text(encoding="utf-8"),
+        encoding="utf-8",
+    )
+    settings = ["--set", "feed.path=d.csv", "--set", "feed.label=y", "--set", "http.port=0"]
+    settings += ["--set", "checkpoint.every_records=1000", "--set", "checkpoint.directory=saved"]
+    with started("run", "mine.toml", *settings) as first:
+        port = told(first, "listening")["port"]
+        told(first, "checkpoint")
+        assert fetched(port, "/healthz")[0] == 200
+        status, ready = fetched(port, "/readyz")
+        assert (status, json.loads(ready)["state"]) == (200, "running")
+        metrics = fetched(port, "/metrics")[1]
+        assert re.search(r'streamkd_state\{state="running"\} 1', metrics)
+        assert fetched(port, "/nothing")[0] == 404
+        first.send_signal(signal.SIGTERM)
+        stopped = told(first, "stopped")
+        assert first.wait(timeout=20) == 0
+    assert 1000 <= stopped["records"] < 6_000
+    _, about = checkpoint.load(checkpoint.found(Path("saved"))[0])
+    assert about["records"] == stopped["records"]
+    with started("run", "mine.toml", *settings) as second:
+        assert told(second, "restored")["records"] == stopped["records"]
+        assert told(second, "stopped")["records"] == 6_000
+        assert second.wait(timeout=20) == 0
+    unbroken = [*settings[:-1], "checkpoint.directory=unbroken"]
+    with started("run", "mine.toml", *unbroken) as third:
+        told(third, "stopped")
+        assert third.wait(timeout=20) == 0
+    ends = [checkpoint.load(checkpoint.found(Path(folder))[0])[0] for folder in ("saved", "unbroken")]
+    for one, other in zip(_leaves(ends[0]), _leaves(ends[1]), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from _leaves(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def run_once(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
+    given = ["feed.path=d.csv", "feed.label=y", "http.port=0", "checkpoint.directory=saved", *overrides]
+    return streamkd(monkeypatch, "run", "default", *(part for text in given for part in ("--set", text)))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"))
+    assert run_once(monkeypatch, "checkpoint.every_records=200") == 0
+    newest, before = checkpoint.found(Path("saved"))[:2]
+    (newest / "state.pt").write_bytes(b"nothing")
+    capsys.readouterr()
+    assert run_once(monkeypatch) == 0
+    log = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [entry["path"] for entry in log if entry["event"] == "checkpoint refused"] == [str(newest)]
+    assert [entry["path"] for entry in log if entry["event"] == "restored"] == [str(before)]
+
+
+def test_no_whole_checkpoint_and_other_models_are_refused_with_exit_code_4(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"))
+    assert run_once(monkeypatch) == 0
+    capsys.readouterr()
+    assert run_once(monkeypatch, "peers.0.model.widths=[32]") == 4
+    message = capsys.readouterr().err
+    assert "quick.1.weight: [128, 4] in the checkpoint, [32, 4] configured" in message
+    for path in checkpoint.found(Path("saved")):
+        (path / "state.pt").write_bytes(b"nothing")
+    assert run_once(monkeypatch) == 4
+    assert "none of its 1 checkpoints is whole" in capsys.readouterr().err
+
+
+def test_a_disk_that_cannot_be_written_does_not_stop_the_learning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"))
+    Path("saved").write_text("a file where the folder should be", encoding="utf-8")
+    assert run_once(monkeypatch, "checkpoint.every_records=200") == 0
+    log = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert len([entry for entry in log if entry["event"] == "checkpoint failed"]) >= 3
+    assert log[-1]["records"] == 600
+
+
+def test_help_comes_without_the_heavy_libraries() -> None:
+    script = "import sys; from runners import cli; print('torch' in sys.modules, 'pydantic' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["False", "False"]
+
+
+def test_learning_does_not_import_torchvision() -> None:
+    script = (
+        "import sys; from runners.settings import load; from streamkd.config import build_engine;"
+        "build_engine(load('default'), (4,)); print('torchvision' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "False"
+
+
+def test_time_is_not_of_the_essence() -> None:
+    """The engine's clock is handed to it: without one, every stage takes no time at all."""
+    from worlds import batches, engine  # noqa: PLC0415
+
+    assert set(engine().step(batches()[0]).seconds.values()) == {0.0}
+    ticking = engine(clock=time.perf_counter)
+    assert min(ticking.step(batches()[0]).seconds.values()) > 0

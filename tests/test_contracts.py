@@ -1,0 +1,64 @@
+"""Every built-in part passes the checks that authors of plug-ins are given."""
+
+import gzip
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from runners.feeds import Feed
+from runners.feeds.drifting import drifting
+from runners.feeds.files import text_file
+from streamkd import drift, losses, replay, schedules
+from streamkd.config import public_functions
+from streamkd.testing import check_detector, check_feed, check_loss, check_replay, check_schedule
+
+
+@pytest.mark.parametrize("name", sorted(public_functions(losses)))
+@pytest.mark.parametrize("classes", [2, 5])
+def test_losses(name: str, classes: int) -> None:
+    check_loss(public_functions(losses)[name], classes)
+
+
+@pytest.mark.parametrize("name", sorted(public_functions(schedules)))
+def test_schedules(name: str) -> None:
+    make = public_functions(schedules)[name]
+    check_schedule(make(0.5) if name == "constant" else make())
+
+
+@pytest.mark.parametrize("name", sorted(public_functions(drift)))
+def test_detectors(name: str) -> None:
+    check_detector(public_functions(drift)[name])
+
+
+@pytest.mark.parametrize("name", sorted(public_functions(replay)))
+def test_replay(name: str) -> None:
+    check_replay(partial(replay.ReplayBuffer, 16, evict=public_functions(replay)[name], seed=3))
+
+
+def test_a_stateful_schedule_is_caught() -> None:
+    calls: list[int] = []
+
+    def counting(_: schedules.Signals) -> float:
+        calls.append(1)
+        return float(len(calls))
+
+    with pytest.raises(AssertionError, match="schedules hold no state"):
+        check_schedule(counting)
+
+
+@pytest.mark.parametrize("kind", ["csv", "csv.gz", "jsonl", "jsonl.gz", "drifting"])
+def test_feeds(kind: str, tmp_path: Path) -> None:
+    def make() -> Feed:
+        if kind == "drifting":
+            return drifting(records=100, seed=2)
+        return text_file(path, kind=kind.split(".", maxsplit=1)[0], label="y", max_classes=5, refuse=lambda _: None)
+
+    path = tmp_path / f"data.{kind}"
+    rows = [(i, i * 0.5, "abc"[i % 3]) for i in range(60)]
+    if kind.startswith("csv"):
+        text = "a,b,y\n" + "".join(f"{a},{b},{y}\n" for a, b, y in rows)
+    else:
+        text = "".join(f'{{"a": {a}, "b": {b}, "y": "{y}"}}\n' for a, b, y in rows)
+    path.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
+    check_feed(make)

@@ -1,0 +1,233 @@
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runners.feeds import REASONS, DeadLetter
+from runners.feeds.files import FileFeed, text_file
+from streamkd import UNLABELLED, Batch
+from streamkd.errors import ConfigError, FeedError
+
+GOOD = b"a,b,y\n1,2,x\n"
+
+
+def opened(path: Path, content: bytes, kind: str = "csv", **options: Any) -> tuple[FileFeed, list[DeadLetter]]:
+    path.write_bytes(content)
+    refused: list[DeadLetter] = []
+    given = {"label": "y", "max_classes": 5, **options}
+    return text_file(path, kind=kind, refuse=refused.append, **given), refused
+
+
+def drained(feed: FileFeed, size: int = 4) -> list[Batch]:
+    batches = []
+    while (batch := feed.poll(size)) is not None:
+        batches.append(batch)
+    feed.close()
+    return batches
+
+
+def rows(batches: Iterable[Batch]) -> list[list[float]]:
+    return [row for batch in batches for row in batch.x.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "word"),
+    [
+        (b"1,2", "width", "2 cells"),
+        (b"1,2,x,4", "width", "4 cells"),
+        (b"1,two,x", "not_a_number", "'two'"),
+        (b"nan,2,x", "not_finite", "'nan'"),
+        (b"1,-inf,x", "not_finite", "'-inf'"),
+        (b"1e39,2,x", "not_finite", "'1e39'"),
+        (b'1,"2,x', "malformed", "CSV"),
+        (b'1,2"3"4,x', "not_a_number", "'b'"),
+        (b"1,\xff,x", "encoding", "UTF-8"),
+        (b"1," + b"9" * (1 << 20) + b",x", "too_long", "bytes"),
+    ],
+)
+def test_a_broken_row_goes_to_the_dead_letters_with_its_line_and_reason(
+    tmp_path: Path, line: bytes, reason: str, word: str
+) -> None:
+    feed, refused = opened(tmp_path / "d.csv", GOOD + line + b"\n3,4,z\n")
+    assert rows(drained(feed)) == [[1, 2], [3, 4]]
+    (letter,) = refused
+    assert letter.reason == reason
+    assert letter.reason in REASONS
+    assert letter.place["line"] == 3
+    assert word in letter.detail
+    assert line.startswith(letter.raw.rstrip(b"\n")[:100])
+
+
+def test_more_labels_than_classes_are_refused(tmp_path: Path) -> None:
+    content = b"a,y\n" + b"".join(b"%d,l%d\n" % (i, i % 7) for i in range(14))
+    feed, refused = opened(tmp_path / "d.csv", content)
+    assert sum(len(batch) for batch in drained(feed)) == 10
+    assert [letter.reason for letter in refused] == ["too_many_classes"] * 4
+    assert "max_classes = 5" in refused[0].detail
+
+
+def test_labels_are_numbered_in_order_of_appearance_and_empty_ones_are_unknown(tmp_path: Path) -> None:
+    feed, _ = opened(tmp_path / "d.csv", b"a,y\n1,dog\n2,\n3,cat\n4,dog\n")
+    (batch,) = drained(feed)
+    assert batch.y.tolist() == [0, UNLABELLED, 1, 0]
+    assert feed.describe()["classes"] == ["dog", "cat"]
+
+
+def test_missing_cells_are_nan_and_what_means_missing_is_configured(tmp_path: Path) -> None:
+    feed, refused = opened(tmp_path / "d.csv", b"a,b,y\n1,,x\n?,2,x\n", missing=("", "?"))
+    (batch,) = drained(feed)
+    assert not refused
+    assert batch.x.isnan().tolist() == [[False, True], [True, False]]
+
+
+def test_categorical_columns_are_one_bucket_each_always_the_same(tmp_path: Path) -> None:
+    content = b"a,town,y\n1,Ulm,x\n2,Bonn,x\n3,Ulm,x\n4,,x\n"
+    feed, _ = opened(tmp_path / "d.csv", content, categorical=("town",), buckets=64)
+    (batch,) = drained(feed)
+    hashed = batch.x[:, 1:]
+    assert feed.shape == (65,)
+    assert hashed[:3].sum(1).tolist() == [1, 1, 1]
+    assert torch.equal(hashed[0], hashed[2])
+    assert not torch.equal(hashed[0], hashed[1])
+    assert bool(hashed[3].isnan().all())
+
+
+def test_ignored_columns_are_left_out(tmp_path: Path) -> None:
+    feed, _ = opened(tmp_path / "d.csv", b"id,a,y\nfoo,1,x\nbar,2,x\n", ignore=("id",))
+    assert rows(drained(feed)) == [[1], [2]]
+
+
+def test_a_quoted_cell_may_hold_commas_quotes_and_newlines(tmp_path: Path) -> None:
+    content = b'a,t,y\n1,"one, ""two""\nthree",x\n2,plain,x\n'
+    feed, refused = opened(tmp_path / "d.csv", content, categorical=("t",))
+    assert len(rows(drained(feed))) == 2
+    assert not refused
+
+
+def test_a_quote_that_is_never_closed_costs_its_own_line_only(tmp_path: Path) -> None:
+    body = b"".join(b"%d,2,x\n" % i for i in range(300))
+    feed, refused = opened(tmp_path / "d.csv", GOOD + b'7,"8,x\n' + body)
+    assert len(rows(drained(feed, 16))) == 301
+    assert [letter.place["line"] for letter in refused] == [3]
+
+
+def test_json_lines_take_keys_by_name_and_unknown_ones_are_passed_over(tmp_path: Path) -> None:
+    lines = [
+        {"a": 1, "b": 2.5, "y": 3},
+        {"b": 4, "a": True, "y": None, "new": 1},
+        {"a": None, "y": "3"},
+    ]
+    content = "\n".join(json.dumps(line) for line in lines).encode()
+    feed, refused = opened(tmp_path / "d.jsonl", content, "jsonl")
+    (batch,) = drained(feed)
+    assert not refused
+    assert batch.x[:2].tolist() == [[1, 2.5], [1, 4]]
+    assert batch.x[2].isnan().all()
+    assert batch.y.tolist() == [0, UNLABELLED, 0]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"{", "malformed"),
+        (b"[1, 2]", "malformed"),
+        (b'{"a": 1, "b": 2}', "no_label_column"),
+        (b'{"a": NaN, "b": 2, "y": 1}', "not_finite"),
+        (b'{"a": 1' + b"0" * 400 + b', "b": 2, "y": 1}', "not_finite"),
+        (b'{"a": [1], "b": 2, "y": 1}', "not_a_number"),
+        (b'{"a": 1, "b": 2, "y": {}}', "malformed"),
+        (b"[" * 100_000, "malformed"),
+    ],
+)
+def test_a_broken_object_goes_to_the_dead_letters(tmp_path: Path, line: bytes, reason: str) -> None:
+    good = b'{"a": 1, "b": 2, "y": "x"}\n'
+    feed, refused = opened(tmp_path / "d.jsonl", good + line + b"\n" + good, "jsonl")
+    assert rows(drained(feed)) == [[1, 2], [1, 2]]
+    assert [(letter.reason, letter.place["line"]) for letter in refused] == [(reason, 2)]
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "error", "words"),
+    [
+        (b"", {}, FeedError, ["empty"]),
+        (b"a,b,y\n", {}, FeedError, ["no record"]),
+        (GOOD, {"label": "klass"}, ConfigError, ["feed.label = 'klass'", "'a', 'b', 'y'"]),
+        (b"a,b,lable\n1,2,x\n", {"label": "label"}, ConfigError, ["did you mean 'lable'?"]),
+        (b"a,y\n1,\n2,\n", {}, ConfigError, ["feed.label = 'y'", "none of the first 2 records has a label"]),
+        (b"a,a,y\n1,2,x\n", {}, ConfigError, ["two columns are called 'a'"]),
+        (b"y\nx\n", {}, ConfigError, ["no column is left", "'y'"]),
+        (b"t,y\nfoo,x\nbar,x\n", {}, ConfigError, ["line 2", "'foo' is not a number", "feed.categorical"]),
+        (GOOD, {"categorical": ("c",)}, ConfigError, ["feed.categorical = 'c'"]),
+        (b"\xff\xfe\x00\x01,\n", {}, FeedError, ["UTF-8"]),
+    ],
+)
+def test_a_file_that_cannot_be_learned_is_refused_at_once(
+    tmp_path: Path, content: bytes, options: dict[str, Any], error: type[Exception], words: list[str]
+) -> None:
+    with pytest.raises(error) as refused:
+        opened(tmp_path / "d.csv", content, **options)
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(FeedError, match=r"feed\.path = .*nowhere\.csv"):
+        text_file(tmp_path / "nowhere.csv", kind="csv", label="y", max_classes=2, refuse=lambda _: None)
+
+
+def test_compressed_files_are_known_by_their_content(tmp_path: Path) -> None:
+    plain, _ = opened(tmp_path / "a.csv", GOOD)
+    packed, _ = opened(tmp_path / "b.csv", gzip.compress(GOOD))
+    assert rows(drained(plain)) == rows(drained(packed))
+
+
+def test_a_compressed_file_that_breaks_off_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    whole = GOOD + b"".join(b"%d,%d,x\n" % (i * 7919, i * 104729) for i in range(50_000))
+    feed, refused = opened(tmp_path / "d.csv.gz", gzip.compress(whole)[:-5000])
+    assert 1000 < len(rows(drained(feed, 1000))) < 50_000
+    assert [letter.reason for letter in refused] == ["truncated"]
+
+
+def test_columns_that_changed_since_the_checkpoint_are_refused_with_their_names(tmp_path: Path) -> None:
+    feed, _ = opened(tmp_path / "a.csv", GOOD)
+    position = feed.position()
+    feed.close()
+    other, _ = opened(tmp_path / "b.csv", b"a,c,y\n1,2,x\n")
+    with pytest.raises(ConfigError, match=r"gone: \['b'\]; new: \['c'\]"):
+        other.seek(position)
+    other.close()
+
+
+cells = st.one_of(st.integers(-9, 9).map(str), st.just(""), st.text(max_size=4), st.sampled_from(["nan", '"', '""']))
+
+
+@settings(max_examples=60, deadline=None)
+@given(lines=st.lists(st.lists(cells, max_size=4).map(",".join)), cut=st.integers(0, 40))
+def test_every_line_is_learned_or_in_the_dead_letters(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], cut: int
+) -> None:
+    """Whatever the lines hold; and whoever starts again at any place reads exactly the rest."""
+    folder = tmp_path_factory.mktemp("lines")
+    body = "\n".join(line.replace("\r", "").replace("\n", "") for line in lines)
+    content = GOOD + body.encode("utf-8", "surrogatepass")
+    feed, refused = opened(folder / "d.csv", content)
+    batches = drained(feed, 1)
+    taken = content.decode("utf-8", "replace").split("\n")[1:]
+    learned_lines = sum(1 for line in taken if line.strip()) - len(refused)
+    assert len(batches) <= learned_lines  # a quoted newline makes one record of two lines
+    if not any('"' in line for line in lines):
+        assert len(batches) == learned_lines
+    if cut < len(batches):
+        again, _ = opened(folder / "d.csv", content)
+        again.seek(batches[cut].position)
+        rest = drained(again, 1)
+        assert torch.equal(
+            torch.cat([batch.x for batch in [*rest, batches[0]]]).nan_to_num(-1),
+            torch.cat([batch.x for batch in [*batches[cut + 1 :], batches[0]]]).nan_to_num(-1),
+        )

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from worlds import batches, engine
+
+from monitoring.prequential import MAJORITY, NO_CHANGE, WINDOW, Recent, Tally
+from monitoring.trace import MOST_POINTS, Trace
+
+
+def test_the_measures_are_those_of_their_definitions() -> None:
+    made, tally, scored = engine(), Tally(4), []
+    for batch in batches():
+        report = made.step(batch)
+        tally.update(report)
+        scored.append(report.scored)
+    y = torch.cat([part.y for part in scored]).numpy()
+    for name in ("served", "a", "b", "c"):
+        predicted = torch.cat([part.predicted[name] for part in scored]).numpy()
+        loss = torch.cat([part.log_loss[name] for part in scored]).double().mean()
+        measures = tally.measures()[name]
+        accuracy = (predicted == y).mean()
+        chance = sum((predicted == k).mean() * (y == k).mean() for k in range(4))
+        assert measures.accuracy == pytest.approx(accuracy)
+        assert measures.balanced_accuracy == pytest.approx(
+            np.mean([(predicted[y == k] == k).mean() for k in np.unique(y)])
+        )
+        assert measures.cohen_kappa == pytest.approx((accuracy - chance) / (1 - chance))
+        assert measures.log_loss == pytest.approx(float(loss), rel=1e-4)
+        still = tally.measures()[NO_CHANGE].accuracy
+        assert measures.temporal_kappa == pytest.approx((accuracy - still) / (1 - still))
+
+
+def test_the_baselines_know_only_the_batches_before() -> None:
+    made, tally = engine(), Tally(4)
+    labels = []
+    for batch in batches(320):
+        tally.update(made.step(batch))
+        labels.append(batch.y.tolist())
+    last, past, still, most = 0, [0], 0, 0
+    for batch_labels in labels:
+        favourite = int(np.bincount(past[1:] or [0], minlength=4).argmax())
+        still += sum(y == last for y in batch_labels)
+        most += sum(y == favourite for y in batch_labels)
+        last = batch_labels[-1]
+        past += batch_labels
+    assert tally.measures()[NO_CHANGE].accuracy == pytest.approx(still / 320)
+    assert tally.measures()[MAJORITY].accuracy == pytest.approx(most / 320)
+    assert tally.measures()[NO_CHANGE].temporal_kappa == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes=st.lists(st.integers(1, 1500), min_size=1, max_size=6), seed=st.integers(0, 99))
+def test_recent_accuracy_is_that_of_the_last_thousand(sizes: list[int], seed: int) -> None:
+    generator, recent, every = np.random.default_rng(seed), Recent(), np.zeros(0, dtype=bool)
+    for size in sizes:
+        hits = generator.random(size) < 0.6
+        recent.update(hits)
+        every = np.concatenate([every, hits])
+    assert recent.accuracy == pytest.approx(every[-WINDOW:].mean())
+
+
+def test_a_trace_stays_small_and_in_order_however_long_the_stream() -> None:
+    made, tally, trace = engine(), Tally(4), Trace()
+    report = made.step(batches()[0])
+    for _ in range(30_000):
+        tally.update(report)
+        trace.update(report, tally)
+    assert len(trace.records) <= MOST_POINTS
+    assert trace.records == sorted(trace.records)
+    assert trace.records[-1] > 0.99 * tally.scored
+    assert {len(points) for points in trace.accuracy.values()} == {len(trace.records)}

@@ -1,0 +1,170 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from runners.settings import Configuration, load
+from runners.shipped import shipped
+from streamkd import drift, losses, replay, schedules
+from streamkd.config import build_engine, find, make, public_functions
+from streamkd.errors import ConfigError
+from streamkd.settings import Part, keys
+
+FIXED = (
+    "feed.kind",
+    "feed.path",
+    "feed.label",
+    "batch",
+    "seed",
+    "deterministic",
+    "device",
+    "peers",
+    "replay.capacity",
+    "checkpoint.directory",
+    "checkpoint.every_records",
+    "http.port",
+)
+
+
+class Net(nn.Module):
+    """A user's own: takes what it asks for by name."""
+
+    def __init__(self, shape: tuple[int, ...], width: int = 3) -> None:
+        super().__init__()
+        self.layer = nn.Linear(shape[0], width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Answer."""
+        logits: torch.Tensor = self.layer(x)
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("batchh=3", ["batchh", "no such setting", "did you mean batch?"]),
+        ("replay.capasity=3", ["replay.capasity", "did you mean replay.capacity?"]),
+        ("replay.capacity=-1", ["replay.capacity", "-1", "greater than or equal to 0"]),
+        ("batch=0", ["batch = 0", "greater than or equal to 1"]),
+        ("batch=many", ["batch = 'many'", "integer"]),
+        ("http.port=70000", ["http.port = 70000", "65535"]),
+        ("device=gpu", ["device = 'gpu'"]),
+        ("distillation.scheme=leadr", ["distillation.scheme", "'leadr'", "'leader'", "'mutual'"]),
+        ("peers=[]", ["peers", "at least 2"]),
+        ("peers.0.nmae=x", ["peers.0.nmae", "did you mean peers.0.name?"]),
+        ("peers.7.name=x", ["peers.7", "there are 3"]),
+        ("batch.size=3", ["batch is a value, not a table"]),
+        ("no-equals-sign", ["key.path=value"]),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_its_key_its_value_and_the_remedy(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load("default", [override])
+    for word in words:
+        assert word in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("peers.0.model.kind=resnet9000", ["peers.0.model", "resnet9000"]),
+        ("peers.0.model.width=[3]", ["peers.0.model.width", "did you mean peers.0.model.widths?"]),
+        ("peers.0.model.widths=[0.5]", ["peers.0.model"]),
+        ("peers.1.optimizer.kind=sdg", ["peers.1.optimizer.kind = 'sdg'", "did you mean sgd?"]),
+        ("peers.1.optimizer.rate=1", ["peers.1.optimizer.rate"]),
+        ("peers.1.optimizer.lr=-1", ["peers.1.optimizer", "-1"]),
+        ("peers.1.name=quick", ["peers.0.name = 'quick'", "taken"]),
+        ("distillation.alpha.kind=competense", ["distillation.alpha.kind", "did you mean competence?"]),
+        ("distillation.alpha.steep=3", ["distillation.alpha.steep", "steepness"]),
+        ("distillation.alpha.maximum=high", ["distillation.alpha.maximum", "'high'"]),
+        ("distillation.loss.kind=dk", ["distillation.loss.kind"]),
+        ("drift.detector.kind=adwin2", ["drift.detector.kind", "did you mean adwin?"]),
+        ("drift.detector.kind=nowhere:Thing", ["drift.detector.kind", "nowhere"]),
+        ("drift.detector.kind=math:nothing", ["drift.detector.kind", "no nothing in math"]),
+        ("peers.0.model.kind=test_settings:Net", ["peers.0.model.widths", "no such option"]),
+    ],
+)
+def test_a_wrong_part_is_refused_with_its_key_its_value_and_the_remedy(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build_engine(load("default", [override]), (5,))
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_a_model_of_the_users_own_is_given_what_it_asks_for() -> None:
+    overrides = ["peers.0.model={kind='test_settings:Net'}", "max_classes=3"]
+    engine = build_engine(load("default", overrides), (5,))
+    assert engine.cohort.peers[0].module.layer.weight.shape == (3, 5)
+
+
+def test_a_model_whose_output_does_not_fit_is_refused_with_both_widths() -> None:
+    with pytest.raises(ConfigError, match=r"peers\.0\.model.*\[2, 7\].*\[2, 100\].*max_classes"):
+        build_engine(load("default", ["peers.0.model={kind='test_settings:Net', width=7}"]), (5,))
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_every_shipped_configuration_builds(name: str) -> None:
+    assert len(build_engine(load(name), (6,)).cohort) >= 2
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 17, 32)])
+def test_convolutional_peers_answer_images(shape: tuple[int, ...]) -> None:
+    models = ["peers.0.model={kind='cnn'}", "peers.1.model={kind='cnn', channels=[8]}", "max_classes=10"]
+    engine = build_engine(load("default", models), shape)
+    assert engine.predict(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+def test_torchvision_models_are_peers_by_name() -> None:
+    engine = build_engine(load("default", ["peers.0.model={kind='squeezenet1_1'}", "max_classes=10"]), (3, 32, 32))
+    assert engine.predict(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_keys_that_scripts_hang_on_are_there() -> None:
+    known = {*keys(Configuration), "feed.kind", "feed.path", "feed.label"}
+    assert set(FIXED) <= known
+
+
+def test_overrides_are_toml_or_text_and_come_last(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('batch = 8\npeers = [{ name = "a" }, { name = "b" }]\n', encoding="utf-8")
+    assert load(str(file)).batch == 8
+    changed = load(
+        str(file),
+        [
+            "batch=32",
+            "feed.kind=csv",
+            "feed.path=some file.csv",
+            "peers.1.optimizer.kind=sgd",
+            "peers.1.optimizer.lr=0.5",
+        ],
+    )
+    assert changed.batch == 32
+    assert changed.feed is not None
+    assert changed.feed.options == {"path": "some file.csv"}
+    assert changed.peers[1].optimizer.options == {"lr": 0.5}
+
+
+@pytest.mark.parametrize("text", ["batch = ", "\x00", "batch = 1\nbatch = 2"])
+def test_what_is_not_toml_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"broken\.toml"):
+        load(str(file))
+
+
+FAMILIES: list[tuple[str, Any]] = [("losses", losses), ("schedules", schedules), ("drift", drift), ("replay", replay)]
+
+
+@pytest.mark.parametrize(("name", "family"), FAMILIES)
+def test_a_family_lists_its_parts(name: str, family: Any) -> None:
+    known = public_functions(family)
+    assert known, name
+    for part in known:
+        assert find(Part(kind=part), family, name)
+
+
+def test_options_are_checked_by_their_types() -> None:
+    with pytest.raises(ConfigError, match=r"rate = 'quick'"):
+        make(Part.model_validate({"kind": "loss_driven", "rate": "quick"}), schedules, "distillation.temperature")
