@@ -81,12 +81,12 @@ class Peer:
 
     def learn(self, x: Tensor) -> Output:
         """Answer `x` `[n, ...]` in training mode, with a gradient."""
-        self.module.train()
+        _switch(self.module, training=True)
         return as_output(self.module(x))
 
     def predict(self, x: Tensor) -> Output:
         """Answer `x` in evaluation mode, without a gradient."""
-        self.module.eval()
+        _switch(self.module, training=False)
         return as_output(self.module(x))
 
     def predict_average(self, x: Tensor) -> Output:
@@ -131,6 +131,11 @@ class Peer:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.skipped, self.stuck, self.restarts = state["skipped"], state["stuck"], state["restarts"]
+
+
+def _switch(module: nn.Module, *, training: bool) -> None:
+    if module.training != training:  # walks through all layers, so only when it changes anything
+        module.train(training)
 
 
 def ema(decay: float) -> Callable[[Any, Any, Any], None]:
