@@ -27,26 +27,26 @@ def check(configuration: Configuration, console: Console) -> None:
     Raises:
         StreamkdError: what a run would end with at its start.
     """
-    console.print("[bold]Configuration[/], defaults included")
-    resolved = tomli_w.dumps(_without_none(configuration.model_dump(mode="json")))
-    console.print(Syntax(resolved, "toml", background_color="default"))
     session.prepare_torch(configuration)
     refused: list[DeadLetter] = []
     feed = configuration.open_feed(refused.append)
     try:
         engine = build_engine(configuration, feed.shape)
         batch = feed.poll(FIRST_RECORDS)
-        console.print(_feed(feed.describe()))
         if batch is not None:
-            console.print(_records(batch, feed.describe()))
             engine.predict(batch.x)
-        console.print(_models(engine, feed.shape))
     finally:
         feed.close()
+    resolved = tomli_w.dumps(_without_none(configuration.model_dump(mode="json")))
+    console.print("[bold]Configuration[/], defaults included")
+    console.print(Syntax(resolved, "toml", background_color="default"))
+    console.print(_feed(feed.describe()))
+    if batch is not None:
+        console.print(_records(batch, feed.describe()))
+    console.print(_models(engine, feed.shape))
     if refused:
-        console.print(
-            f"{len(refused)} records before these would go to the dead letters, the first for: {refused[0].detail}"
-        )
+        reason = refused[0].detail
+        console.print(f"{len(refused)} records before these would go to the dead letters, the first for: {reason}")
     console.print("[green]It would run.[/]")
 
 
@@ -66,8 +66,9 @@ def _feed(description: Mapping[str, Any]) -> Table:
 
 
 def _records(batch: Batch, description: Mapping[str, Any]) -> Table:
-    names = [*description.get("numeric", []), *description.get("categorical", [])][:MOST_COLUMNS]
-    names = names or [f"x{index}" for index in range(min(batch.x.shape[1], MOST_COLUMNS))]
+    numeric = list(description.get("numeric", []))
+    width = batch.x.flatten(1).shape[1]
+    names = [*numeric, *(f"feature {index}" for index in range(len(numeric), width))][:MOST_COLUMNS]
     labels = description.get("classes")
     made = Table(title=f"First {len(batch)} records, as decoded", title_justify="left")
     for name in [*names, "label"]:

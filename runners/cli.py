@@ -13,7 +13,9 @@ app = App(
 )
 Set = Annotated[
     tuple[str, ...],
-    Parameter(name="--set", negative="", help="Override one setting: key.path=value. May be repeated."),
+    Parameter(
+        name="--set", negative="", show_default=False, help="Override one setting: key.path=value. May be repeated."
+    ),
 ]
 
 
@@ -91,7 +93,9 @@ def evaluate(
     *,
     label: Annotated[str | None, Parameter(help="Column that holds the labels.")] = None,
     batch: Annotated[int | None, Parameter(help="Records predicted before any of their labels is learned.")] = None,
-    seed: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="", help="One pass for each.")] = (),
+    seed: Annotated[
+        tuple[int, ...], Parameter(consume_multiple=True, negative="", show_default=False, help="One pass for each.")
+    ] = (),
     json: Annotated[
         str | None, Parameter(allow_leading_hyphen=True, help="Write the figures there; - is standard output.")
     ] = None,

@@ -66,14 +66,7 @@ def run(configuration: Configuration, console: Console, *, live: bool, file: Pat
 def recoveries(tally: Tally, trace: Trace, drifts: list[int]) -> Table:
     """Return what each true drift did to the served answer: when it was found, and when it was overcome."""
     made = Table(title="The served answer at each true drift", title_justify="left")
-    for heading in (
-        "drift at",
-        "found after",
-        "accuracy before",
-        "lowest",
-        "before the next",
-        "back within 3 points after",
-    ):
+    for heading in ("drift at", "found after", "accuracy before", "lowest", "at the end", "back after"):
         made.add_column(heading, justify="right")
     points = list(zip(trace.records, trace.accuracy.get(SERVED, []), strict=True))
     for start, end in zip(drifts, [*drifts[1:], tally.scored + 1], strict=True):
@@ -90,7 +83,8 @@ def recoveries(tally: Tally, trace: Trace, drifts: list[int]) -> Table:
             f"{100 * level:.1f} %",
             f"{100 * lowest[1]:.1f} %",
             f"{100 * after[-1][1]:.1f} %",
-            f"{back[0]:,} records" if back else "not yet",
+            f"{back[0]:,}" if back else "not yet",
         )
-    made.caption = f"accuracy over the last {WINDOW:,} records"
+    made.caption = f"accuracy over the last {WINDOW:,} records; back: within {100 * CLOSE:.0f} points of before"
+    made.caption_justify = "left"
     return made

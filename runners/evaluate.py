@@ -112,8 +112,10 @@ def table(evaluations: Sequence[Evaluation]) -> Table:
     """Return the figures for people: percent, and mean with standard deviation where there are several seeds."""
     first = evaluations[0]
     speeds = [evaluation.records_per_second for evaluation in evaluations]
+    unlabelled = f", {first.tally.unlabelled:,} of them unlabelled," if first.tally.unlabelled else ""
     caption = (
-        f"{first.tally.records:,} records in batches of {first.batch}, {mean(speeds):,.0f} records per second; "
+        f"{first.tally.records:,} records{unlabelled} in batches of {first.batch}, "
+        f"{mean(speeds):,.0f} records per second; "
         f"drifts found {_counts([len(e.tally.drifts) for e in evaluations])}, "
         f"role swaps {_counts([len(e.tally.swaps) for e in evaluations])}"
     )

@@ -31,7 +31,7 @@ class Standardiser:
         """Learn from the raw inputs `x` `[n, features, ...]`."""
         if not len(x):
             return
-        values = _by_feature(x).double()  # [features, m]
+        values = _by_feature(x).double().cpu()  # [features, m]
         if not len(self.mean):
             self.count, self.mean, self.square = values.new_zeros(3, len(values)).unbind()
         known = torch.isfinite(values)  # an infinity in the sums would never leave them
@@ -50,7 +50,7 @@ class Standardiser:
         """Return `x` standardised, clipped, and without missing values."""
         if len(self.mean):
             shape = (1, -1) + (1,) * (x.dim() - 2)
-            x = (x - self._centre.view(shape)) * self._scale.view(shape)
+            x = (x - self._centre.view(shape).to(x)) * self._scale.view(shape).to(x)
         return torch.nan_to_num(x, nan=0.0).clamp(-self.clip, self.clip)
 
     def state_dict(self) -> dict[str, Any]:

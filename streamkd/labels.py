@@ -33,6 +33,10 @@ class Answers:
         """Return the chosen rows, `[m]` indices or `[n]` bool."""
         return Answers(self.x[rows], self.y[rows], self.log_p[:, rows], self.served[rows])
 
+    def to(self, device: torch.device | str) -> "Answers":
+        """Return the same on a device."""
+        return Answers(self.x.to(device), self.y.to(device), self.log_p.to(device), self.served.to(device))
+
 
 class Pending:
     """Predictions that wait for their labels, the oldest given up when there are too many.
@@ -58,7 +62,7 @@ class Pending:
         """
         known = labelled(batch.y)
         complete = said if bool(known.all()) else said.rows(known)
-        answered = [self._answer(name, y) for name, y in batch.late.items() if name in self._waiting]
+        answered = [self._answer(name, y).to(said.x.device) for name, y in batch.late.items() if name in self._waiting]
         self.joined += len(answered)
         if batch.ids and len(complete) < len(said):
             self._wait(batch, said, known)
@@ -70,7 +74,7 @@ class Pending:
 
     def _wait(self, batch: Batch, said: Answers, known: Tensor) -> None:
         for row in (~known).nonzero()[:, 0].tolist():
-            self._waiting[batch.ids[row]] = said.rows(torch.tensor([row]))
+            self._waiting[batch.ids[row]] = said.rows(torch.tensor([row])).to("cpu")
         while len(self._waiting) > self.capacity:
             self._waiting.popitem(last=False)
             self.expired += 1

@@ -117,18 +117,17 @@ def test_a_quote_that_is_never_closed_costs_its_own_line_only(tmp_path: Path) ->
     assert [letter.place["line"] for letter in refused] == [3]
 
 
-def test_json_lines_take_keys_by_name_and_unknown_ones_are_passed_over(tmp_path: Path) -> None:
+def test_json_lines_take_columns_by_name_whichever_line_has_them_first(tmp_path: Path) -> None:
     lines = [
         {"a": 1, "b": 2.5, "y": 3},
-        {"b": 4, "a": True, "y": None, "new": 1},
+        {"b": 4, "a": True, "y": None, "c": 7},
         {"a": None, "y": "3"},
     ]
     content = "\n".join(json.dumps(line) for line in lines).encode()
     feed, refused = opened(tmp_path / "d.jsonl", content, "jsonl")
     (batch,) = drained(feed)
     assert not refused
-    assert batch.x[:2].tolist() == [[1, 2.5], [1, 4]]
-    assert batch.x[2].isnan().all()
+    assert batch.x.nan_to_num(-1).tolist() == [[1, 2.5, -1], [1, 4, 7], [-1, -1, -1]]
     assert batch.y.tolist() == [0, UNLABELLED, 0]
 
 

@@ -18,7 +18,7 @@ Record = tuple[Mapping[str, float], int]
 
 
 class DriftingFeed:
-    """Four concepts of moving clusters (random radial basis functions) in five stretches of equal length.
+    """Four concepts of clusters (random radial basis functions) in five stretches of equal length.
 
     A gives way to B, and B to C, at once; C fades into D over a fifth of a stretch; then A comes back at once.
 
@@ -77,13 +77,10 @@ class DriftingFeed:
         """Do nothing."""
 
     def _generate(self) -> Iterator[Record]:
-        before, fading = self.drifts[2] - self.drifts[1], max(2, self.records // 50)
+        before, fading = self.drifts[2] - self.drifts[1], self.records // 50
+        # river's drift is a sigmoid about its position: one width before it, one record in fifty is of the new concept.
         c_into_d = synth.ConceptDriftStream(
-            self._concept(2),
-            self._concept(3),
-            seed=self._seed,
-            position=before,
-            width=max(fading, before // 100),
+            self._concept(2), self._concept(3), seed=self._seed, position=before + fading, width=fading
         )
         stretches = [
             islice(self._concept(0), self.drifts[0]),
@@ -93,14 +90,31 @@ class DriftingFeed:
         ]
         return iter(chain(*stretches))
 
-    def _concept(self, number: int) -> Any:
-        return synth.RandomRBF(
-            seed_model=self._seed * 10 + number,
-            seed_sample=self._seed * 10 + number + 5,
+    def _concept(self, number: int) -> "Turned":
+        clusters = synth.RandomRBF(
+            seed_model=self._seed,
+            seed_sample=self._seed * 10 + number,
             n_classes=CLASSES,
             n_features=FEATURES,
             n_centroids=CENTROIDS,
         )
+        return Turned(clusters, by=2 * number)
+
+
+class Turned:
+    """One of river's streams with its columns turned by some places: another concept, and exactly as hard."""
+
+    def __init__(self, stream: Any, *, by: int) -> None:
+        self.stream = stream
+        self.by = by
+        # What river looks at when it joins two streams.
+        self.n_features, self.n_classes, self.n_outputs = stream.n_features, stream.n_classes, stream.n_outputs
+        self.task, self.n_samples = stream.task, stream.n_samples
+
+    def __iter__(self) -> Iterator[Record]:
+        for features, label in self.stream:
+            values = list(features.values())
+            yield dict(zip(features, values[self.by :] + values[: self.by], strict=True)), label
 
 
 def drifting(

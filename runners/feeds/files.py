@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +22,8 @@ from streamkd.errors import ConfigError, FeedError
 
 LONGEST_RECORD = 100
 """A quoted cell may hold newlines; a record over more lines than this is a quote that was never closed."""
+FIRST_KEYS = 1_000
+"""Lines of a file of JSON objects whose keys are its columns."""
 FIRST_LOOK = 10_000
 """Records that are looked at before a feed is taken for readable and labelled."""
 
@@ -233,22 +235,20 @@ class Csv:
 
 
 class JsonLines:
-    """One JSON object a line; the columns are the keys of the first."""
+    """One JSON object a line; the columns are the keys of the first `FIRST_KEYS` lines, in order of appearance."""
 
     def columns(self, lines: Lines, path: Path) -> list[str]:
-        """Read the keys of the first object, and stay before it."""
-        passed = []
-        while (line := lines.next()) is not None:
+        """Read the keys of the first objects, and stay before them."""
+        passed: list[Line] = []
+        names: dict[str, None] = {}
+        while len(passed) < FIRST_KEYS and (line := lines.next()) is not None:
             passed.append(line)
-            try:
-                names = list(self.cells(line.raw.decode("utf-8-sig")))
-            except (UnicodeDecodeError, RefusedError):
-                if len(passed) == FIRST_LOOK:
-                    break
-                continue
-            lines.give_back(passed)
-            return names
-        raise FeedError(f"feed.path = {str(path)!r}: there is no JSON object in its lines")
+            with suppress(UnicodeDecodeError, RefusedError):
+                names |= dict.fromkeys(self.cells(line.raw.decode("utf-8-sig")))
+        if not names:
+            raise FeedError(f"feed.path = {str(path)!r}: there is no JSON object in its first {len(passed)} lines")
+        lines.give_back(passed)
+        return list(names)
 
     def take(self, lines: Lines) -> list[Line]:
         """Take the next line that is not blank."""
