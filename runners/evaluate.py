@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from monitoring.prequential import MAJORITY, NO_CHANGE, Measures, Tally
@@ -121,8 +122,8 @@ def table(evaluations: Sequence[Evaluation]) -> Table:
     )
     if len(evaluations) > 1:
         caption += f"; mean and standard deviation of seeds {', '.join(str(e.seed) for e in evaluations)}"
-    made = Table(caption=caption, caption_justify="left")
-    for heading in ("", "accuracy %", "balanced %", "kappa %", "temporal kappa %", "log-loss"):
+    made = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("", "accuracy\n%", "balanced\naccuracy %", "Cohen's\nkappa %", "temporal\nkappa %", "log-loss"):
         made.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     every = [evaluation.tally.measures() for evaluation in evaluations]
     for name in every[0]:
@@ -136,7 +137,7 @@ def _cell(rows: Sequence[Measures], measure: str) -> str:
     if not values:
         return "-"
     scale, digits = (1, 3) if measure == "log_loss" else (100, 2)
-    spread = f" ± {stdev(values) * scale:.{digits}f}" if len(values) > 1 else ""
+    spread = f" ±{stdev(values) * scale:.{digits}f}" if len(set(values)) > 1 else ""
     return f"{mean(values) * scale:.{digits}f}{spread}"
 
 
