@@ -117,6 +117,22 @@ def evaluate(
 
 
 @app.command
+def inspect(
+    directory: Path, *, json: Annotated[bool, Parameter(negative="", help="For machines, to standard output.")] = False
+) -> None:
+    """Show what is in a checkpoint, and whether it is whole.
+
+    Parameters
+    ----------
+    directory
+        A checkpoint, or a folder of them, of which the newest is taken.
+    """
+    from runners.inspect_command import main as runner
+
+    runner(directory, as_json=json)
+
+
+@app.command
 def init(name: str | None = None) -> None:
     """List the shipped configurations, or write one into the current folder.
 

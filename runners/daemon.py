@@ -193,6 +193,13 @@ class Daemon:
                 {
                     "records": engine.records,
                     "position": dict(self._position),
+                    "teacher": engine.cohort.names[engine.roles.teacher],
+                    "peers": {
+                        peer.name: {"accuracy": float(accuracy), "loss": float(loss), "parameters": peer.capacity}
+                        for peer, accuracy, loss in zip(
+                            engine.cohort.peers, engine.cohort.accuracies, engine.cohort.losses, strict=True
+                        )
+                    },
                     "architecture": architecture(engine),
                     "configuration": session.fingerprint(self._settings),
                     "versions": {

@@ -62,7 +62,7 @@ class Evaluation:
             "role_swaps": len(self.tally.swaps),
             "role_swap_events": self.tally.swaps,
             "peers": {name: value for name, value in measures.items() if name not in _NOT_PEERS},
-            "baselines": {name: measures[name] for name in (NO_CHANGE, MAJORITY)},
+            "baselines": {name.replace("-", "_"): measures[name] for name in (NO_CHANGE, MAJORITY)},
             "classes": list(self.labels),
             "dead_letters": dict(self.refused),
         }

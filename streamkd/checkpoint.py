@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,31 @@ def _whole(path: Path) -> bool:
     except CheckpointError:
         return False
     return True
+
+
+def digest(state: Any) -> str:
+    """Return a sha256 over a nested state, in a fixed order: equal for two runs whose futures are equal."""
+    total = hashlib.sha256()
+    for path, value in _leaves(state, ""):
+        if isinstance(value, torch.Tensor):
+            content = value.detach().cpu().contiguous()
+            kind = f"{content.dtype}{list(content.shape)}"
+            total.update(f"{path}:{kind}:".encode() + content.reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            total.update(f"{path}:{type(value).__name__}:{value!r};".encode())
+    return total.hexdigest()
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=repr):
+            yield from _leaves(value[key], f"{path}/{key!r}")
+    elif isinstance(value, (list, tuple)):
+        yield f"{path}#", len(value)
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}/{index}")
+    else:
+        yield path, value
 
 
 def found(directory: Path) -> list[Path]:

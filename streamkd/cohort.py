@@ -104,6 +104,7 @@ class Cohort:
         self.temperatures: list[float | None] = [None] * size
         self.alphas: dict[tuple[int, int], float] = {}
         self.betas: list[float] = [1.0] * size
+        self._softness = [1.0] * size  # temperatures, boosted after an alarm
 
     def __len__(self) -> int:
         return len(self.peers)
@@ -131,7 +132,7 @@ class Cohort:
         rule = self.distillation
         burning_in = self.updates < rule.burn_in
         boost = 1 + (rule.temperature_boost - 1) * self._alertness()
-        self.alphas = {}
+        self.alphas, self.betas = {}, [1.0] * len(self)  # who listens to nobody has its labels alone
         for source, student in self.pairs(teacher):
             signals = self._signals(student, source if source < len(self) else teacher, classes)
             alpha = 0.0 if burning_in else rule.alpha(signals)
@@ -286,6 +287,8 @@ class Cohort:
             "updates": self.updates,
             "drift_update": self.drift_update,
             "temperatures": list(self.temperatures),
+            "softness": list(self._softness),
+            "alphas": [[source, student, alpha] for (source, student), alpha in self.alphas.items()],
             "betas": list(self.betas),
         }
 
@@ -297,3 +300,5 @@ class Cohort:
         self.observed, self.updates = state["observed"], state["updates"]
         self.drift_update = state["drift_update"]
         self.temperatures, self.betas = list(state["temperatures"]), list(state["betas"])
+        self._softness = list(state["softness"])
+        self.alphas = {(source, student): alpha for source, student, alpha in state["alphas"]}

@@ -62,13 +62,18 @@ class River:
 
     Args:
         detector: anything with river's `update` and `drift_detected`.
-        level: reads the detector's view of the present mean; an alarm counts only if it is higher than before the
-            alarm. None where the detector itself hears rises only, or where falls count too.
+        past, present: read what the detector holds for the mean before, and for the mean now. An alarm counts only if
+            `present`, read after it, is higher than `past`, read before it. None where falls count too, or where the
+            detector itself hears rises only.
+        of_correct: it reads correct bits, not error bits.
     """
 
-    def __init__(self, detector: Any, level: Level | None = None) -> None:
+    def __init__(
+        self, detector: Any, past: Level | None = None, present: Level | None = None, *, of_correct: bool = False
+    ) -> None:
         self._detector = detector
-        self._level = level
+        self._past, self._present = past, present
+        self._of_correct = of_correct
         self._since = 0
 
     @property
@@ -77,12 +82,12 @@ class River:
         return int(getattr(self._detector, "width", self._since))
 
     def update(self, value: float) -> bool:
-        """Take in one value; True on an alarm (and, with `level`, a rise)."""
-        before = self._level(self._detector) if self._level else 0.0
-        self._detector.update(value)
+        """Take in one value; True on an alarm."""
+        before = self._past(self._detector) if self._past else 0.0
+        self._detector.update(1 - value if self._of_correct else value)
         alarm = bool(self._detector.drift_detected)
         self._since = 0 if alarm else self._since + 1
-        return alarm and (self._level is None or self._level(self._detector) > before)
+        return alarm and (self._present is None or self._present(self._detector) > before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the detector as bytes: river's objects have no state of plain values."""
@@ -118,12 +123,12 @@ WORST = 5.0
 
 def adwin(delta: float = 0.002, *, one_sided: bool = True, **options: Any) -> River:
     """Adaptive windowing (Bifet and Gavalda 2007): two sub-windows whose means differ. Any value in [0, 1]."""
-    return River(drift.ADWIN(delta=delta, **options), _estimation if one_sided else None)
+    return River(drift.ADWIN(delta=delta, **options), *((_estimation, _estimation) if one_sided else ()))
 
 
 def kswin(*, one_sided: bool = True, seed: int = 0, **options: Any) -> River:
     """Kolmogorov-Smirnov windowing (Raab et al. 2020). Any value; a thousand times slower than ADWIN."""
-    return River(drift.KSWIN(seed=seed, **options), _recent if one_sided else None)
+    return River(drift.KSWIN(seed=seed, **options), *((_older, _recent) if one_sided else ()))
 
 
 def page_hinkley(threshold: float = 10.0, *, one_sided: bool = True, **options: Any) -> River:
@@ -154,7 +159,7 @@ def hddm_w(*, one_sided: bool = True, **options: Any) -> River:
 
 def fhddm(**options: Any) -> River:
     """Fast Hoeffding drift detection (Pesaranghader and Viktor 2016), on error bits."""
-    return River(drift.binary.FHDDM(**options))
+    return River(drift.binary.FHDDM(**options), of_correct=True)
 
 
 def never() -> Never:
@@ -167,8 +172,14 @@ def _estimation(detector: Any) -> float:
 
 
 def _recent(detector: Any) -> float:
-    """Mean of KSWIN's recent sample; what came before it, when there is no full sample yet, is a zero."""
+    """Mean of KSWIN's recent sample, to which an alarm cuts its window."""
     window = list(detector.window)[-detector.stat_size :]
+    return float(np.mean(window)) if window else 0.0
+
+
+def _older(detector: Any) -> float:
+    """Mean of what KSWIN holds its recent sample against."""
+    window = list(detector.window)[: -detector.stat_size]
     return float(np.mean(window)) if window else 0.0
 
 

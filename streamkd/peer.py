@@ -84,11 +84,13 @@ class Peer:
         _switch(self.module, training=True)
         return as_output(self.module(x))
 
+    @torch.no_grad()
     def predict(self, x: Tensor) -> Output:
         """Answer `x` in evaluation mode, without a gradient."""
         _switch(self.module, training=False)
         return as_output(self.module(x))
 
+    @torch.no_grad()
     def predict_average(self, x: Tensor) -> Output:
         """Answer `x` with the averaged weights."""
         return as_output(self.average(x))

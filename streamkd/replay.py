@@ -141,6 +141,8 @@ class ReplayBuffer:
         mass = self.priorities[: self.size] ** self.alpha
         if window is not None and window < self.size:
             mass = mass * (self.births[: self.size] >= self.added - window)
+            if not bool(mass.any()):  # a reservoir may hold nothing so young
+                return self.sample(0)
         slots = torch.multinomial(mass, n, replacement=True, generator=self.generator)
         weights = mass[slots] ** -self.beta  # N and the sum of the masses cancel in the next line
         ages = self.added - self.births[slots]

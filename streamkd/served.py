@@ -53,9 +53,13 @@ class Served:
         sound = p.isfinite().flatten(1).all(1)
         if bool(sound.all()):
             return torch.einsum("m,mnc->nc", self.weights.to(p), p)
-        weights = self.weights.to(p) * sound
-        mixed = torch.einsum("m,mnc->nc", weights / weights.sum().clamp(min=1e-12), p.nan_to_num(0.0))
-        return mixed if bool(sound.any()) else torch.full_like(mixed, 1 / mixed.shape[-1])
+        if not bool(sound.any()):
+            return torch.full_like(p[0], 1 / p.shape[-1])
+        heard = sound.cpu()
+        weights = self.weights[heard]
+        if not float(weights.sum()):  # without a floor, those who broke down may have had all of it
+            weights = self.scores[heard].softmax(0)
+        return torch.einsum("m,mnc->nc", (weights / weights.sum()).to(p), p[sound])
 
     def update(self, log_p: Tensor) -> None:
         """Learn from the log-probabilities `[members, n]` that each gave to what turned out to be true."""

@@ -52,7 +52,7 @@ class TransferEfficiency:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self.tables, self.teacher = state["tables"], state["teacher"]
+        self.tables, self.teacher = state["tables"].clone(), state["teacher"]
 
 
 def _entropy(p: Tensor) -> Tensor:

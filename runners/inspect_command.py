@@ -1,0 +1,69 @@
+"""`streamkd inspect`: what is in a checkpoint, and whether it is whole."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from streamkd import checkpoint
+from streamkd.errors import CheckpointError
+
+
+def main(directory: Path, *, as_json: bool) -> None:
+    """Print what a checkpoint holds.
+
+    Args:
+        directory: a checkpoint, or a folder of them, of which the newest is taken.
+        as_json: for machines.
+
+    Raises:
+        CheckpointError: there is none, or it is not whole.
+    """
+    path = _newest(directory)
+    state, about = checkpoint.load(path)
+    found = {
+        "path": str(path),
+        "verified": True,
+        **about,
+        "files": {file.name: file.stat().st_size for file in sorted(path.iterdir())},
+        "digest": checkpoint.digest(state),
+    }
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+    else:
+        _print(found, Console())
+
+
+def _newest(directory: Path) -> Path:
+    if (directory / checkpoint.MANIFEST).exists():
+        return directory
+    candidates = checkpoint.found(directory)
+    if not candidates:
+        raise CheckpointError(f"{directory}: there is no checkpoint in it; name a checkpoint or a folder of them")
+    return candidates[0]
+
+
+def _print(found: dict[str, Any], console: Console) -> None:
+    overview = Table(title=found["path"], title_justify="left", show_header=False)
+    for key in ("step", "records", "teacher", "digest", "configuration"):
+        overview.add_row(key, str(found[key]))
+    overview.add_row("verified", "every file is as the manifest says")
+    for key in ("versions", "position", "files"):
+        for name, value in found[key].items():
+            overview.add_row(f"{key}: {name}", _short(value))
+    console.print(overview)
+    peers = Table(title="Peers", title_justify="left")
+    for heading in ("", "accuracy %", "loss", "parameters"):
+        peers.add_column(heading, justify="right" if heading else "left")
+    for name, figures in found["peers"].items():
+        accuracy, loss = 100 * figures["accuracy"], figures["loss"]
+        peers.add_row(name, f"{accuracy:.1f}", f"{loss:.3f}", f"{figures['parameters']:,}")
+    console.print(peers)
+
+
+def _short(value: object, most: int = 90) -> str:
+    text = f"{value:,}" if isinstance(value, int) else str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
