@@ -151,13 +151,12 @@ class Metrics:
         self.uncovered = gauge("checkpoint_uncovered_records", "Records since the last checkpoint.")
         self.restores = counter("checkpoint_restores_total", "Restores at start.", "result")
 
-    def observe(self, report: Report, *, now: float, refused: Mapping[str, int]) -> None:
+    def observe(self, report: Report, *, now: float) -> None:
         """Take in one batch.
 
         Args:
             report: what happened.
             now: seconds since the epoch.
-            refused: records refused so far, by reason.
         """
         self._feed_records.inc(report.size)
         self._feed_received.set(now)
@@ -185,7 +184,6 @@ class Metrics:
         self.joined.inc(report.joined - self._joined)
         self.expired.inc(report.expired - self._expired)
         self._joined, self._expired = report.joined, report.expired
-        self.observe_refused(refused)
 
     def _observe_peers(self, report: Report) -> None:
         for name, peer in report.peers.items():

@@ -1,33 +1,25 @@
 """The long-running process: poll, step, observe, save, and then tell the feed."""
 
-import platform
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from types import FrameType
-from typing import Any
 
-import torch
 from structlog.stdlib import BoundLogger
 
 from monitoring.health import Health
 from monitoring.metrics import Metrics
 from monitoring.server import Server
-from runners import session
 from runners.feeds import REASONS
+from runners.saver import Saver
 from runners.session import Session
-from streamkd import checkpoint
 from streamkd.engine import Engine
-from streamkd.errors import CheckpointError
 from streamkd.report import Report
 
 IDLE_SECONDS = 0.05
 """How long to wait when the feed has nothing yet."""
-MOST_LINES = 12
-"""Of a difference between two architectures, in a message."""
-
 Observer = Callable[[Report], None]
 
 
@@ -49,10 +41,7 @@ class Daemon:
         self._settings = running.configuration
         self._log = log
         self._observers = observers
-        self._resume = resume
         self._stop = False
-        self._position: Mapping[str, Any] = {}
-        self._saved_records = self._tried_records = 0
         self._last_line = 0
         self.on_listening: Callable[[int], None] = lambda _: None
         engine, watch = running.engine, running.engine.drift
@@ -66,6 +55,7 @@ class Daemon:
             signal=watch.signal,
             version=version("streamkd"),
         )
+        self._saver = Saver(running, self.metrics, log) if resume else None
 
     def run(self) -> None:
         """Serve, restore, learn, and save at the end."""
@@ -79,27 +69,29 @@ class Daemon:
             stack.enter_context(_signals(self._on_signal))
             try:
                 self._enter("restoring")
-                self._restore()
+                if self._saver:
+                    self._saver.restore()
+                self.health.restored = True
                 self._enter("running")
                 self._loop()
                 self._enter("draining")
-                self._save()
             except BaseException:
                 self._enter("failed")
                 raise
+            finally:
+                if self._saver:
+                    self._saver.close(save=self.health.state == "draining")
             self._enter("stopped")
             engine = self._session.engine
             self._log.info("stopped", records=engine.records, steps=engine.steps)
 
     def _loop(self) -> None:
-        feed, engine, every = (
-            self._session.feed,
-            self._session.engine,
-            self._settings.checkpoint.every_records,
-        )
+        feed, engine = self._session.feed, self._session.engine
+        self._last_line = engine.records
         while not self._stop:
             batch = feed.poll(self._settings.batch)
             self.health.progress()
+            self.metrics.observe_refused(self._session.dead_letters.counts)
             if batch is None:
                 self._log.info("feed ended", records=engine.records)
                 return
@@ -107,15 +99,13 @@ class Daemon:
                 time.sleep(IDLE_SECONDS)
                 continue
             report = engine.step(batch)
-            self._position = report.position
             self._observe(report)
-            if engine.records - self._tried_records >= every:
-                self._save()
+            if self._saver:
+                self._saver.after(report.position)
         self._log.info("stopping", reason="signal")
 
     def _observe(self, report: Report) -> None:
-        self.metrics.observe(report, now=time.time(), refused=self._session.dead_letters.counts)
-        self.metrics.uncovered.set(report.records - self._saved_records)
+        self.metrics.observe(report, now=time.time())
         self._tell(report)
         for observer in self._observers:
             try:
@@ -142,86 +132,6 @@ class Daemon:
             )
         self._last_line = report.records
 
-    def _restore(self) -> None:
-        """Go on from the newest checkpoint that is whole."""
-        directory = self._settings.checkpoint.directory
-        candidates = checkpoint.found(directory) if self._resume else []
-        for attempt, path in enumerate(candidates):
-            try:
-                state, about = checkpoint.load(path)
-            except CheckpointError as error:
-                self._log.error("checkpoint refused", path=str(path), reason=str(error))
-                continue
-            _check_same(about["architecture"], architecture(self._session.engine), path)
-            self._take_up(state, "fallback" if attempt else "success")
-            self._log.info("restored", path=str(path), records=self._session.engine.records)
-            break
-        else:
-            if candidates:
-                raise CheckpointError(
-                    f"checkpoint.directory = {str(directory)!r}: none of its {len(candidates)} checkpoints is whole; "
-                    "restore one from a backup, or start afresh in an empty directory"
-                )
-        self.health.restored = True
-
-    def _take_up(self, state: Mapping[str, Any], result: str) -> None:
-        engine = self._session.engine
-        engine.load_state_dict(state["engine"])
-        self._position = state["position"]
-        self._session.feed.seek(self._position)
-        self._saved_records = self._tried_records = self._last_line = engine.records
-        self.metrics.observe_restore(
-            result,
-            unsound={(p.name, "skipped"): p.skipped for p in engine.cohort.peers}
-            | {(p.name, "restarted"): p.restarts for p in engine.cohort.peers},
-            joined=engine.pending.joined,
-            expired=engine.pending.expired,
-        )
-
-    def _save(self) -> None:
-        """Save everything, and then tell the feed; a save that fails is logged and tried again later."""
-        engine, settings = self._session.engine, self._settings.checkpoint
-        if not self._resume or engine.records == self._saved_records:
-            return
-        self._session.dead_letters.flush()
-        began = time.perf_counter()
-        try:
-            path = checkpoint.save(
-                settings.directory,
-                engine.steps,
-                {"engine": engine.state_dict(), "position": dict(self._position)},
-                {
-                    "records": engine.records,
-                    "position": dict(self._position),
-                    "teacher": engine.cohort.names[engine.roles.teacher],
-                    "peers": {
-                        peer.name: {"accuracy": float(accuracy), "loss": float(loss), "parameters": peer.capacity}
-                        for peer, accuracy, loss in zip(
-                            engine.cohort.peers, engine.cohort.accuracies, engine.cohort.losses, strict=True
-                        )
-                    },
-                    "architecture": architecture(engine),
-                    "configuration": session.fingerprint(self._settings),
-                    "versions": {
-                        "streamkd": version("streamkd"),
-                        "torch": torch.__version__,
-                        "python": platform.python_version(),
-                    },
-                },
-            )
-        except OSError as error:
-            self.metrics.observe_failed_save()
-            self._log.error("checkpoint failed", directory=str(settings.directory), reason=str(error))
-            return
-        finally:
-            self._tried_records = engine.records
-        self._saved_records = engine.records
-        checkpoint.prune(settings.directory, settings.keep)
-        self._session.feed.commit(self._position)
-        size = sum(file.stat().st_size for file in path.iterdir())
-        self.metrics.observe_save(seconds=time.perf_counter() - began, size=size, now=time.time())
-        self._log.info("checkpoint", path=str(path), records=engine.records, bytes=size)
-
     def _enter(self, state: str) -> None:
         self.health.state = state
         self.metrics.observe_state(state)
@@ -230,33 +140,6 @@ class Daemon:
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
-
-
-def architecture(engine: Engine) -> dict[str, dict[str, list[int]]]:
-    """Return the shape of every weight of every peer."""
-    return {
-        peer.name: {name: list(value.shape) for name, value in peer.module.state_dict().items()}
-        for peer in engine.cohort.peers
-    }
-
-
-def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Any) -> None:
-    """Refuse a checkpoint of other models, saying where they differ."""
-    lines = []
-    for name in sorted({*saved, *wanted}):
-        before, now = saved.get(name, {}), wanted.get(name, {})
-        lines += [
-            f"  {name}.{key}: {before.get(key, 'absent')} in the checkpoint, {now.get(key, 'absent')} configured"
-            for key in sorted({*before, *now})
-            if before.get(key) != now.get(key)
-        ]
-    if lines:
-        more = len(lines) - MOST_LINES
-        shown = "\n".join(lines[:MOST_LINES] + ([f"  and {more} more"] if more > 0 else []))
-        raise CheckpointError(
-            f"{path}: its models are not the configured ones\n{shown}\n"
-            "give back the old models, or start afresh with another checkpoint.directory"
-        )
 
 
 def teaching_pairs(engine: Engine) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ class CheckpointSettings(Settings):
 
     directory: Path = Path("checkpoints")
     every_records: Annotated[int, Field(ge=1, description="records between two checkpoints")] = 10_000
+    every_seconds: Annotated[float, Field(ge=0, description="seconds between two checkpoints; 0: records alone")] = 0.0
     keep: Positive = 3
 
 

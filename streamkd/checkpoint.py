@@ -121,9 +121,25 @@ def found(directory: Path) -> list[Path]:
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what earlier attempts left half-written."""
-    for path in [*found(directory)[keep:], *directory.glob(".step-*")]:
-        shutil.rmtree(path, ignore_errors=True)
+    """Delete all but the newest `keep` checkpoints, and what earlier attempts left half-written.
+
+    Nothing is deleted unless the newest is whole: it may be the only one that is.
+    """
+    newest, *_ = [*found(directory), None]
+    if newest is not None and _whole(newest):
+        for path in [*found(directory)[keep:], *directory.glob(".step-*")]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def stage(state: Any) -> Any:
+    """Return a copy of a nested state that later steps do not reach, so that it can be written on a thread."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: stage(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(stage(value) for value in state)
+    return state
 
 
 def _measure(path: Path) -> dict[str, Any]:

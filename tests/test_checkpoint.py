@@ -67,3 +67,36 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_whole_one_left_
     assert (saved(tmp_path) / "MANIFEST.json").stat().st_ino == before
     (path / "state.pt").write_bytes(b"")
     checkpoint.load(saved(tmp_path))
+
+
+def test_nothing_is_pruned_while_the_newest_is_not_whole(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        saved(tmp_path, step)
+    (tmp_path / "step-000000000003" / "state.pt").write_bytes(b"")
+    checkpoint.prune(tmp_path, 1)
+    assert len(checkpoint.found(tmp_path)) == 3
+
+
+def test_what_is_staged_is_not_reached_by_later_steps() -> None:
+    live = {"weights": torch.zeros(3), "list": [torch.zeros(2)], "pair": (1, 2)}
+    copy = checkpoint.stage(live)
+    before = checkpoint.digest(copy)
+    live["weights"] += 1  # type: ignore[operator]
+    live["list"][0] += 1  # type: ignore[index]
+    assert checkpoint.digest(copy) == before
+    assert copy["pair"] == (1, 2)
+
+
+def test_a_digest_tells_any_difference_and_no_order() -> None:
+    one = {"a": torch.arange(4.0), "b": [1, 2.0, None], "c": {"x": "1", "y": True}}
+    same = {"c": {"y": True, "x": "1"}, "b": [1, 2.0, None], "a": torch.arange(4.0)}
+    assert checkpoint.digest(one) == checkpoint.digest(same)
+    others = [
+        {**one, "a": torch.arange(4.0).double()},
+        {**one, "a": torch.arange(4.0)[None]},
+        {**one, "a": torch.tensor([0.0, 1, 2, 3.0000002])},
+        {**one, "b": [1, 2, None]},
+        {**one, "b": [1, 2.0]},
+        {**one, "c": {"x": 1, "y": True}},
+    ]
+    assert len({checkpoint.digest(state) for state in [one, *others]}) == 7

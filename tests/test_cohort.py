@@ -310,6 +310,16 @@ def test_a_static_teacher_stops_learning_and_goes_on_teaching() -> None:
     assert float(learned.soft[1:].min()) > 0
 
 
+def test_a_teacher_with_no_weight_left_to_train_can_teach() -> None:
+    frozen = Peer("t", lambda: mlp((4,), CLASSES, widths=(4,)).requires_grad_(requires_grad=False))
+    cohort = Cohort([frozen, *networks(plainly("none")).peers], Distillation(scheme="static", burn_in=0, gate="open"))
+    cohort.observe(torch.tensor([0.2, 0.9, 0.9, 0.9]), torch.full((4,), 0.5))
+    before = flat(frozen)
+    learned = learn(cohort, lesson_of(0))
+    assert torch.equal(flat(frozen), before)
+    assert float(learned.soft[1:].min()) > 0
+
+
 def test_a_raised_rate_fades_by_half_each_half_life_after_an_alarm() -> None:
     cohort = networks(plainly("none", rate_boost=3.0, boost_half_life=2))
     learn(cohort, lesson_of(0))
@@ -355,8 +365,8 @@ def test_a_teacher_that_broke_down_teaches_nothing(scheme: str) -> None:
     taught, hard = gradients(cohort, lesson)[1:], gradients(alone, lesson)[1:]
     assert bool(taught.isfinite().all())
     assert cohort.peers[0].skipped == 1
-    if scheme == "leader":
-        assert torch.equal(taught, hard)
+    # The leader's students are left with their labels, and the others with those who are well.
+    assert torch.equal(taught, hard) == (scheme == "leader")
 
 
 def test_a_peer_that_stays_broken_is_restarted_from_one_that_is_well() -> None:
@@ -430,8 +440,7 @@ def test_a_restored_cohort_learns_what_it_would_have_learned(*, schedule: bool) 
     # What the schedules said last is in force, and reported, until they are asked again.
     for one in (cohort, restored):
         go_on(one, range(8, 12), schedule=schedule)
-    for one, other in zip(cohort.peers, restored.peers, strict=True):
-        assert torch.equal(flat(one), flat(other))
+    assert all(torch.equal(flat(one), flat(other)) for one, other in zip(cohort.peers, restored.peers, strict=True))
     assert restored.temperatures == cohort.temperatures
     assert restored.alphas == cohort.alphas
     assert restored.betas == cohort.betas

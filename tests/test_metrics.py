@@ -29,7 +29,7 @@ def metrics_of(made: Engine) -> Metrics:
 def watched(made: Engine, *, late: bool = False) -> Metrics:
     metrics = metrics_of(made)
     for batch in batches(late=late):
-        metrics.observe(made.step(batch), now=1000.0, refused={"width": 2})
+        metrics.observe(made.step(batch), now=1000.0)
     return metrics
 
 
@@ -69,7 +69,8 @@ def test_counters_add_up_to_what_the_reports_said() -> None:
     metrics, reports = metrics_of(made), []
     for batch in batches(late=True):
         reports.append(made.step(batch))
-        metrics.observe(reports[-1], now=1000.0, refused={"width": len(reports)})
+        metrics.observe(reports[-1], now=1000.0)
+        metrics.observe_refused({"width": len(reports)})
     read = metrics.registry.get_sample_value
     assert read("streamkd_steps_total") == len(reports)
     assert read("streamkd_feed_records_total", {"feed": "file"}) == 1600

@@ -164,7 +164,7 @@ def test_evidence_is_the_same_whatever_the_batches_it_came_in(sizes: list[int], 
 
 
 def test_a_restored_election_elects_whom_it_would_have_elected() -> None:
-    roles, restored = Election(3, rule="mission", every=6, tenure=10), Election(3, rule="mission", every=6, tenure=10)
+    roles, restored = (Election(3, rule="mission", every=6, tenure=13) for _ in range(2))
     assert swaps(roles, 13)
     restored.load_state_dict(stored(roles.state_dict()))
     assert restored.teacher == roles.teacher

@@ -1,0 +1,212 @@
+"""Checkpoints of a running engine: staged between two batches, written on a thread, taken up again at start."""
+
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from structlog.stdlib import BoundLogger
+
+from monitoring.metrics import Metrics
+from runners import session
+from runners.session import Session
+from streamkd import checkpoint
+from streamkd.engine import Engine
+from streamkd.errors import CheckpointError
+
+MOST_LINES = 12
+"""Of a difference between two architectures, in a message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint that is on disk, whole.
+
+    Attributes:
+        path: of its directory.
+        records: learned when it was staged.
+        position: of the feed, likewise.
+        size: in bytes.
+        seconds: it took to write.
+    """
+
+    path: Path
+    records: int
+    position: Mapping[str, Any]
+    size: int
+    seconds: float
+
+
+class Saver:
+    """Saves when it is time, and tells the feed only what is safe.
+
+    Learning waits for a copy of the state in memory, not for the disk. A save that fails is logged, counted and tried
+    again; learning goes on.
+
+    Args:
+        running: feed and engine.
+        metrics: to be told.
+        log: structlog's.
+    """
+
+    def __init__(self, running: Session, metrics: Metrics, log: BoundLogger) -> None:
+        self._session = running
+        self._settings = running.configuration.checkpoint
+        self._metrics = metrics
+        self._log = log
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[Saved] | None = None
+        self._next_records = self._settings.every_records
+        self._next_time = self._time_of_next()
+        self.covered = 0
+        self.position: Mapping[str, Any] = {}
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint that is whole; from the beginning, if there is none at all.
+
+        Raises:
+            CheckpointError: there are checkpoints and none is whole, or they are of other models.
+        """
+        candidates = checkpoint.found(self._settings.directory)
+        for attempt, path in enumerate(candidates):
+            try:
+                state, about = checkpoint.load(path)
+            except CheckpointError as error:
+                self._log.error("checkpoint refused", path=str(path), reason=str(error))
+                continue
+            check_same(about["architecture"], architecture(self._session.engine), path)
+            self._take_up(state, "fallback" if attempt else "success")
+            self._log.info("restored", path=str(path), records=self._session.engine.records)
+            return
+        if candidates:
+            raise CheckpointError(
+                f"checkpoint.directory = {str(self._settings.directory)!r}: none of its {len(candidates)} checkpoints "
+                "is whole; restore one from a backup, or start afresh in an empty directory"
+            )
+
+    def _take_up(self, state: Mapping[str, Any], result: str) -> None:
+        engine = self._session.engine
+        engine.load_state_dict(state["engine"])
+        self.position = state["position"]
+        self._session.feed.seek(self.position)
+        self.covered = engine.records
+        self._next_records = engine.records + self._settings.every_records
+        self._metrics.observe_restore(
+            result,
+            unsound={(p.name, "skipped"): p.skipped for p in engine.cohort.peers}
+            | {(p.name, "restarted"): p.restarts for p in engine.cohort.peers},
+            joined=engine.pending.joined,
+            expired=engine.pending.expired,
+        )
+
+    def after(self, position: Mapping[str, Any]) -> None:
+        """Take in that a batch was learned, up to `position`; save, if it is time and the last save is done."""
+        self.position = position
+        if self._writing is not None and self._writing.done():
+            self._collect()
+        records = self._session.engine.records
+        self._metrics.uncovered.set(records - self.covered)
+        if self._writing is None and (records >= self._next_records or time.monotonic() >= self._next_time):
+            self._stage()
+
+    def close(self, *, save: bool) -> None:
+        """Wait for the save that is under way; with `save`, make a last one of all that was learned since."""
+        if self._writing is not None:
+            self._collect()
+        if save and self._session.engine.records > self.covered:
+            self._stage()
+            self._collect()
+        self._thread.shutdown()
+
+    def _stage(self) -> None:
+        engine = self._session.engine
+        self._next_records = engine.records + self._settings.every_records
+        self._next_time = self._time_of_next()
+        self._session.dead_letters.flush()
+        state = checkpoint.stage({"engine": engine.state_dict(), "position": dict(self.position)})
+        about = describe(self._session, self.position)
+        self._writing = self._thread.submit(self._write, engine.steps, state, about)
+
+    def _write(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> Saved:
+        began = time.perf_counter()
+        path = checkpoint.save(self._settings.directory, step, state, about)
+        checkpoint.prune(self._settings.directory, self._settings.keep)
+        size = sum(file.stat().st_size for file in path.iterdir())
+        return Saved(path, about["records"], about["position"], size, time.perf_counter() - began)
+
+    def _collect(self) -> None:
+        writing, self._writing = self._writing, None
+        try:
+            saved = writing.result() if writing else None
+        except OSError as error:
+            self._metrics.observe_failed_save()
+            self._log.error("checkpoint failed", directory=str(self._settings.directory), reason=str(error))
+            return
+        if saved is not None:
+            self.covered = saved.records
+            self._session.feed.commit(saved.position)
+            self._metrics.observe_save(seconds=saved.seconds, size=saved.size, now=time.time())
+            self._log.info("checkpoint", path=str(saved.path), records=saved.records, bytes=saved.size)
+
+    def _time_of_next(self) -> float:
+        return time.monotonic() + (self._settings.every_seconds or float("inf"))
+
+
+def describe(running: Session, position: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what people, and checks at start, want to know of a checkpoint."""
+    engine = running.engine
+    cohort = engine.cohort
+    return {
+        "records": engine.records,
+        "position": dict(position),
+        "teacher": cohort.names[engine.roles.teacher],
+        "peers": {
+            peer.name: {"accuracy": float(accuracy), "loss": float(loss), "parameters": peer.capacity}
+            for peer, accuracy, loss in zip(cohort.peers, cohort.accuracies, cohort.losses, strict=True)
+        },
+        "architecture": architecture(engine),
+        "configuration": session.fingerprint(running.configuration),
+        "versions": {
+            "streamkd": version("streamkd"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def architecture(engine: Engine) -> dict[str, dict[str, list[int]]]:
+    """Return the shape of every weight of every peer."""
+    return {
+        peer.name: {name: list(value.shape) for name, value in peer.module.state_dict().items()}
+        for peer in engine.cohort.peers
+    }
+
+
+def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Refuse a checkpoint of other models.
+
+    Raises:
+        CheckpointError: says where they differ.
+    """
+    lines = list(_differences(saved, wanted))
+    if lines:
+        more = len(lines) - MOST_LINES
+        shown = "\n".join(lines[:MOST_LINES] + ([f"  and {more} more"] if more > 0 else []))
+        raise CheckpointError(
+            f"{path}: its models are not the configured ones\n{shown}\n"
+            "give back the old models, or start afresh with another checkpoint.directory"
+        )
+
+
+def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:
+    for name in sorted({*saved, *wanted}):
+        before, now = saved.get(name, {}), wanted.get(name, {})
+        for key in sorted({*before, *now}):
+            if before.get(key) != now.get(key):
+                was, is_ = before.get(key, "absent"), now.get(key, "absent")
+                yield f"  {name}.{key}: {was} in the checkpoint, {is_} configured"
