@@ -1,5 +1,6 @@
 """Reports as Prometheus metrics. Names here are promises: dashboards, alerts and scripts hang on them."""
 
+import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -195,10 +196,10 @@ class Metrics:
                 self._nonfinite[name, action].inc(count - self._unsound.get((name, action), 0))
                 self._unsound[name, action] = count
             if report.trained:
-                self._norm[name].observe(peer.gradient_norm)
-                self._divergence[name].observe(peer.divergence)
+                _observe(self._norm[name], peer.gradient_norm)
+                _observe(self._divergence[name], peer.divergence)
                 for component in ("hard", "soft", "total"):
-                    self._loss[name, component].observe(getattr(peer, component))
+                    _observe(self._loss[name, component], getattr(peer, component))
         for pair, gauge in self._alpha.items():
             gauge.set(report.alphas.get(pair, 0.0))
 
@@ -234,6 +235,11 @@ class Metrics:
         """
         self._restores[result].inc()
         self._unsound, self._joined, self._expired = dict(unsound), joined, expired
+
+
+def _observe(summary: Summary, value: float) -> None:
+    if math.isfinite(value):  # a sum that took in a NaN would be NaN for good
+        summary.observe(value)
 
 
 class BulkHistogram(Collector):

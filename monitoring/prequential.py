@@ -62,7 +62,12 @@ class Tally:
         if report.swap is not None:
             swap = report.swap
             self.swaps.append(
-                {"record": report.records, "before": swap.before, "after": swap.after, "reason": swap.reason}
+                {
+                    "record": self.scored + report.trained,
+                    "before": swap.before,
+                    "after": swap.after,
+                    "reason": swap.reason,
+                }
             )
         y = report.scored.y.cpu().numpy()
         if not len(y):

@@ -33,7 +33,7 @@ class Server:
     def __init__(self, host: str, port: int, registry: CollectorRegistry, health: Health) -> None:
         self._registry = registry
         self._health = health
-        self._socket = _listen(host, port)
+        self._socket = listen(host, port)
         self.host = host
         self.port: int = self._socket.getsockname()[1]
         routes = [
@@ -73,11 +73,16 @@ def _answer(checks: dict[str, bool], state: str) -> JSONResponse:
     return JSONResponse({"state": state, "checks": checks}, status_code=200 if all(checks.values()) else 503)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Take a port.
+
+    Raises:
+        ConfigError: it is taken, or not for this user, or there is no such address here.
+    """
     try:
         return socket.create_server((host, port), backlog=128)
     except OSError as error:
         raise ConfigError(
-            f"http.port = {port}: cannot listen on {host}:{port}: {error.strerror}; "
-            "choose another with --set http.port=N (0 picks a free one)"
+            f"http.port = {port}: cannot listen on {host}:{port}: {error.strerror or error}; choose another with "
+            "--set http.port=N (0 picks a free one), or another http.host"
         ) from None

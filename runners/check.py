@@ -9,15 +9,18 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from runners import session
+from monitoring.server import listen
+from runners import saver, session
+from runners.dead_letters import DeadLetters
 from runners.feeds import DeadLetter
 from runners.settings import Configuration
+from streamkd import checkpoint
 from streamkd.batch import UNLABELLED, Batch
 from streamkd.config import build_engine
 from streamkd.engine import Engine
 
 FIRST_RECORDS = 3
-MOST_COLUMNS = 8
+MOST_COLUMNS = 6
 MOST_NAMES = 20
 
 
@@ -33,21 +36,33 @@ def check(configuration: Configuration, console: Console) -> None:
     try:
         engine = build_engine(configuration, feed.shape)
         batch = feed.poll(FIRST_RECORDS)
+        description = feed.describe()
+        running = session.Session(configuration, feed, engine, DeadLetters(configuration.dead_letters.path, "check"))
+        _try_process(running)
         if batch is not None:
-            engine.predict(batch.x)
+            running.step(batch)
     finally:
         feed.close()
     resolved = tomli_w.dumps(_without_none(configuration.model_dump(mode="json")))
     console.print("[bold]Configuration[/], defaults included")
     console.print(Syntax(resolved, "toml", background_color="default"))
-    console.print(_feed(feed.describe()))
+    console.print(_feed(description))
     if batch is not None:
-        console.print(_records(batch, feed.describe()))
+        console.print(_records(batch, description))
     console.print(_models(engine, feed.shape))
     if refused:
         reason = refused[0].detail
         console.print(f"{len(refused)} records before these would go to the dead letters, the first for: {reason}")
     console.print("[green]It would run.[/]")
+
+
+def _try_process(running: session.Session) -> None:
+    """Find out what a run finds out at its start: the port, and whether its checkpoints could go on."""
+    http, directory = running.configuration.http, running.configuration.checkpoint.directory
+    listen(http.host, http.port).close()
+    saver.probe(directory)
+    for path in checkpoint.found(directory)[:1]:
+        saver.check_same(checkpoint.load(path)[1], running, path)
 
 
 def _without_none(value: Any) -> Any:
@@ -68,7 +83,10 @@ def _feed(description: Mapping[str, Any]) -> Table:
 def _records(batch: Batch, description: Mapping[str, Any]) -> Table:
     numeric = list(description.get("numeric", []))
     width = batch.x.flatten(1).shape[1]
-    names = [*numeric, *(f"feature {index}" for index in range(len(numeric), width))][:MOST_COLUMNS]
+    buckets = max(1, (width - len(numeric)) // max(1, len(description.get("categorical", []))))
+    hashed = [f"{name}[{bucket}]" for name in description.get("categorical", []) for bucket in range(buckets)]
+    names = [*numeric, *hashed] or [f"feature {index}" for index in range(width)]
+    names = names[:MOST_COLUMNS]
     labels = description.get("classes")
     made = Table(title=f"First {len(batch)} records, as decoded", title_justify="left")
     for name in [*names, "label"]:

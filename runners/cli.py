@@ -1,6 +1,8 @@
 """The command line. Nothing heavy is imported before a command needs it, so that help comes at once."""
 
 import sys
+from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +10,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 app = App(
     name="streamkd",
+    version=lambda: version("streamkd"),
     help="Online mutual distillation for streaming data: peers that keep learning while the world drifts.",
     help_format="markdown",
 )
@@ -60,7 +63,8 @@ def run(config: str, *, set_: Set = ()) -> None:
     from runners.settings import load
 
     configuration = load(config, set_)
-    Daemon(session.start(configuration), logs.configure(configuration.log.level)).run()
+    with closing(session.start(configuration)) as running:
+        Daemon(running, logs.configure(configuration.log.level)).run()
 
 
 @app.command
@@ -147,7 +151,7 @@ def init(name: str | None = None) -> None:
     ready = shipped()
     if name is None:
         for known, text in ready.items():
-            sys.stdout.write(f"{known:10} {text.partition(chr(10))[0].lstrip('# ')}\n")
+            sys.stdout.write(f"{known:10} {text.splitlines()[0].lstrip('# ')}\n")
         return
     if name not in ready:
         raise ConfigError(f"{name}: no shipped configuration of that name; there are {', '.join(ready)}")
@@ -160,6 +164,7 @@ def init(name: str | None = None) -> None:
 
 def main() -> None:
     """Run a command; end with the exit code that its mistake calls for, and without a traceback."""
+    sys.path.insert(0, "")  # module:Name in a configuration may be a file of the current folder
     try:
         app(sys.argv[1:], exit_on_error=False)
     except CycloptsError:

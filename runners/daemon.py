@@ -2,10 +2,11 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from types import FrameType
+from typing import Any
 
 from structlog.stdlib import BoundLogger
 
@@ -61,7 +62,6 @@ class Daemon:
         """Serve, restore, learn, and save at the end."""
         http = self._settings.http
         with ExitStack() as stack:
-            stack.callback(self._session.close)
             self._enter("starting")
             server = stack.enter_context(Server(http.host, http.port, self.metrics.registry, self.health))
             self._log.info("listening", host=server.host, port=server.port)
@@ -82,12 +82,15 @@ class Daemon:
                 if self._saver:
                     self._saver.close(save=self.health.state == "draining")
             self._enter("stopped")
+            if self._session.dead_letters.failure:
+                self._log.error("dead letters not written", reason=self._session.dead_letters.failure)
             engine = self._session.engine
             self._log.info("stopped", records=engine.records, steps=engine.steps)
 
     def _loop(self) -> None:
         feed, engine = self._session.feed, self._session.engine
         self._last_line = engine.records
+        position: Mapping[str, Any] = {}
         while not self._stop:
             batch = feed.poll(self._settings.batch)
             self.health.progress()
@@ -95,10 +98,11 @@ class Daemon:
             if batch is None:
                 self._log.info("feed ended", records=engine.records)
                 return
-            if not len(batch) and not batch.late:
+            if not len(batch) and not batch.late and batch.position == position:
                 time.sleep(IDLE_SECONDS)
                 continue
-            report = engine.step(batch)
+            position = batch.position  # it moves without records, too, where all were refused
+            report = self._session.step(batch)
             self._observe(report)
             if self._saver:
                 self._saver.after(report.position)

@@ -1,7 +1,7 @@
 """A made-up stream with known drifts, learned in front of the user's eyes."""
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import cast
 
@@ -31,7 +31,12 @@ def run(configuration: Configuration, console: Console, *, live: bool, file: Pat
         live: a view that redraws itself, rather than lines.
         file: of the picture.
     """
-    running = session.start(configuration)
+    with closing(session.start(configuration)) as running:
+        _learn(running, console, live=live, file=file)
+
+
+def _learn(running: session.Session, console: Console, *, live: bool, file: Path) -> None:
+    configuration = running.configuration
     feed = cast("DriftingFeed", running.feed)
     tally, trace = Tally(configuration.max_classes), Trace()
 

@@ -29,7 +29,17 @@ def main(
     overrides: Sequence[str],
 ) -> None:
     """Evaluate once a seed, and print, write and draw what came of it."""
-    given = {"feed.path": str(data), "feed.label": label, "batch": batch, "feed.kind": kind_of(data)}
+    for target in (path for path in (json_to, plot) if path not in {None, "-"}):
+        if not Path(str(target)).absolute().parent.is_dir():
+            raise ConfigError(
+                f"{target}: there is no folder {Path(str(target)).parent} to write it into; make it first"
+            )
+    given = {
+        "feed.path": str(data),
+        "feed.label": label,
+        "batch": batch,
+        "feed.kind": None if _named(overrides) else kind_of(data),
+    }
     passes = [load(config, overrides, {**given, "seed": seed}) for seed in seeds or (None,)]
     # Figures for machines alone on standard output; what is for people goes beside it.
     console = Console(stderr=json_to == "-")
@@ -42,6 +52,10 @@ def main(
     if plot is not None:
         picture.draw(plot, done[0].tally, done[0].trace, title=f"{data.name}, seed {done[0].seed}")
         console.print(f"picture: {plot}")
+
+
+def _named(overrides: Sequence[str]) -> bool:
+    return any(override.startswith("feed.kind=") for override in overrides)
 
 
 def kind_of(data: Path) -> str | None:

@@ -86,7 +86,9 @@ def evaluate(configuration: Configuration, progress: Callable[[float, int], None
         tally, trace = Tally(configuration.max_classes), Trace()
         began = time.perf_counter()
         while (batch := running.feed.poll(configuration.batch)) is not None:
-            report = running.engine.step(batch)
+            if not len(batch):
+                continue
+            report = running.step(batch)
             tally.update(report)
             trace.update(report, tally)
             if report.step % 16 == 0:

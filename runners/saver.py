@@ -1,5 +1,6 @@
 """Checkpoints of a running engine: staged between two batches, written on a thread, taken up again at start."""
 
+import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,10 @@ from structlog.stdlib import BoundLogger
 from monitoring.metrics import Metrics
 from runners import session
 from runners.session import Session
+from runners.settings import Configuration
 from streamkd import checkpoint
 from streamkd.engine import Engine
-from streamkd.errors import CheckpointError
+from streamkd.errors import CheckpointError, ConfigError
 
 MOST_LINES = 12
 """Of a difference between two architectures, in a message."""
@@ -29,13 +31,14 @@ class Saved:
 
     Attributes:
         path: of its directory.
-        records: learned when it was staged.
+        steps, records: taken and learned when it was staged.
         position: of the feed, likewise.
         size: in bytes.
         seconds: it took to write.
     """
 
     path: Path
+    steps: int
     records: int
     position: Mapping[str, Any]
     size: int
@@ -59,12 +62,15 @@ class Saver:
         self._settings = running.configuration.checkpoint
         self._metrics = metrics
         self._log = log
+        self._failure = ""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[Saved] | None = None
         self._next_records = self._settings.every_records
         self._next_time = self._time_of_next()
+        self._covered_steps = 0
         self.covered = 0
         self.position: Mapping[str, Any] = {}
+        probe(self._settings.directory)
 
     def restore(self) -> None:
         """Go on from the newest checkpoint that is whole; from the beginning, if there is none at all.
@@ -79,7 +85,7 @@ class Saver:
             except CheckpointError as error:
                 self._log.error("checkpoint refused", path=str(path), reason=str(error))
                 continue
-            check_same(about["architecture"], architecture(self._session.engine), path)
+            check_same(about, self._session, path)
             self._take_up(state, "fallback" if attempt else "success")
             self._log.info("restored", path=str(path), records=self._session.engine.records)
             return
@@ -94,7 +100,7 @@ class Saver:
         engine.load_state_dict(state["engine"])
         self.position = state["position"]
         self._session.feed.seek(self.position)
-        self.covered = engine.records
+        self.covered, self._covered_steps = engine.records, engine.steps
         self._next_records = engine.records + self._settings.every_records
         self._metrics.observe_restore(
             result,
@@ -115,13 +121,23 @@ class Saver:
             self._stage()
 
     def close(self, *, save: bool) -> None:
-        """Wait for the save that is under way; with `save`, make a last one of all that was learned since."""
+        """Wait for the save that is under way; with `save`, make a last one of all that was learned since.
+
+        Raises:
+            CheckpointError: the last one could not be made.
+        """
+        engine = self._session.engine
         if self._writing is not None:
             self._collect()
-        if save and self._session.engine.records > self.covered:
+        if save and engine.steps > self._covered_steps:
             self._stage()
             self._collect()
         self._thread.shutdown()
+        if save and engine.steps > self._covered_steps:
+            raise CheckpointError(
+                f"checkpoint.directory = {str(self._settings.directory)!r}: the last save failed ({self._failure}); "
+                f"what was learned after record {self.covered:,} will be learned again by the next run"
+            )
 
     def _stage(self) -> None:
         engine = self._session.engine
@@ -135,20 +151,22 @@ class Saver:
     def _write(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> Saved:
         began = time.perf_counter()
         path = checkpoint.save(self._settings.directory, step, state, about)
-        checkpoint.prune(self._settings.directory, self._settings.keep)
         size = sum(file.stat().st_size for file in path.iterdir())
-        return Saved(path, about["records"], about["position"], size, time.perf_counter() - began)
+        checkpoint.prune(self._settings.directory, self._settings.keep)
+        return Saved(path, step, about["records"], about["position"], size, time.perf_counter() - began)
 
     def _collect(self) -> None:
         writing, self._writing = self._writing, None
         try:
             saved = writing.result() if writing else None
         except OSError as error:
+            self._failure = str(error)
             self._metrics.observe_failed_save()
             self._log.error("checkpoint failed", directory=str(self._settings.directory), reason=str(error))
             return
         if saved is not None:
-            self.covered = saved.records
+            self.covered, self._covered_steps = saved.records, saved.steps
+            self._metrics.uncovered.set(self._session.engine.records - self.covered)
             self._session.feed.commit(saved.position)
             self._metrics.observe_save(seconds=saved.seconds, size=saved.size, now=time.time())
             self._log.info("checkpoint", path=str(saved.path), records=saved.records, bytes=saved.size)
@@ -169,7 +187,8 @@ def describe(running: Session, position: Mapping[str, Any]) -> dict[str, Any]:
             peer.name: {"accuracy": float(accuracy), "loss": float(loss), "parameters": peer.capacity}
             for peer, accuracy, loss in zip(cohort.peers, cohort.accuracies, cohort.losses, strict=True)
         },
-        "architecture": architecture(engine),
+        "models": architecture(engine),
+        "settings": state_bearing(running.configuration),
         "configuration": session.fingerprint(running.configuration),
         "versions": {
             "streamkd": version("streamkd"),
@@ -187,19 +206,32 @@ def architecture(engine: Engine) -> dict[str, dict[str, list[int]]]:
     }
 
 
-def check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    """Refuse a checkpoint of other models.
+def state_bearing(configuration: Configuration) -> dict[str, str]:
+    """Return the settings that a checkpoint's state depends on; all others may change between two runs."""
+    return {
+        "max_classes": str(configuration.max_classes),
+        "inputs.standardise": str(configuration.inputs.standardise),
+        "replay.capacity": str(configuration.replay.capacity),
+        "drift.detector.kind": configuration.drift.detector.kind,
+        **{f"peers.{peer.name}.optimizer.kind": peer.optimizer.kind for peer in configuration.peers},
+    }
+
+
+def check_same(about: Mapping[str, Any], running: Session, path: Path) -> None:
+    """Refuse a checkpoint whose state would not fit.
 
     Raises:
         CheckpointError: says where they differ.
     """
+    wanted = {"settings": state_bearing(running.configuration), **architecture(running.engine)}
+    saved = {"settings": about["settings"], **about["models"]}
     lines = list(_differences(saved, wanted))
     if lines:
         more = len(lines) - MOST_LINES
         shown = "\n".join(lines[:MOST_LINES] + ([f"  and {more} more"] if more > 0 else []))
         raise CheckpointError(
-            f"{path}: its models are not the configured ones\n{shown}\n"
-            "give back the old models, or start afresh with another checkpoint.directory"
+            f"{path}: was made by another configuration\n{shown}\n"
+            "give back the old settings, or start afresh with another checkpoint.directory"
         )
 
 
@@ -209,4 +241,18 @@ def _differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterato
         for key in sorted({*before, *now}):
             if before.get(key) != now.get(key):
                 was, is_ = before.get(key, "absent"), now.get(key, "absent")
-                yield f"  {name}.{key}: {was} in the checkpoint, {is_} configured"
+                shown = key if name == "settings" else f"{name}.{key}"
+                yield f"  {shown}: {was} in the checkpoint, {is_} configured"
+
+
+def probe(directory: Path) -> None:
+    """Find out whether checkpoints could be written, without writing one.
+
+    Raises:
+        ConfigError: they could not.
+    """
+    folder = next(parent for parent in [directory.absolute(), *directory.absolute().parents] if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(
+            f"checkpoint.directory = {str(directory)!r}: cannot be written; name a folder that can, or can be made"
+        )

@@ -12,8 +12,11 @@ import torch
 from runners.dead_letters import DeadLetters
 from runners.feeds import Feed
 from runners.settings import Configuration
+from streamkd.batch import Batch
 from streamkd.config import build_engine
 from streamkd.engine import Engine
+from streamkd.errors import TrainingError
+from streamkd.report import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +27,21 @@ class Session:
     feed: Feed
     engine: Engine
     dead_letters: DeadLetters
+
+    def step(self, batch: Batch) -> Report:
+        """Take one step of the engine.
+
+        Raises:
+            TrainingError: whatever went wrong in it.
+        """
+        try:
+            return self.engine.step(batch)
+        except Exception as error:
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise TrainingError(
+                f"step {self.engine.steps} on {len(batch)} records: {type(error).__name__}: {reason}; "
+                "a model, loss or schedule of your own may be at fault; streamkd check tries them"
+            ) from error
 
     def close(self) -> None:
         """Let go of the feed and the dead letters."""
@@ -41,7 +59,11 @@ def start(configuration: Configuration, clock: Callable[[], float] = time.perf_c
     kind = configuration.feed.kind if configuration.feed else ""
     dead_letters = DeadLetters(configuration.dead_letters.path, kind)
     feed = configuration.open_feed(dead_letters)
-    engine = build_engine(configuration, feed.shape, clock=clock)
+    try:
+        engine = build_engine(configuration, feed.shape, clock=clock)
+    except BaseException:
+        feed.close()
+        raise
     return Session(configuration, feed, engine, dead_letters)
 
 

@@ -12,7 +12,7 @@ from runners.feeds import KINDS, Feed, Refuse
 from runners.shipped import shipped
 from streamkd.config import make
 from streamkd.errors import ConfigError
-from streamkd.settings import Count, EngineSettings, Part, Positive, Settings, validate
+from streamkd.settings import EngineSettings, Part, Positive, Settings, validate
 
 
 class CheckpointSettings(Settings):
@@ -50,7 +50,9 @@ class LogSettings(Settings):
 class Configuration(EngineSettings):
     """The whole file."""
 
-    threads: Annotated[Count, Field(description="of torch; 0 leaves it to torch. Small models are fastest on one")] = 1
+    threads: Annotated[
+        int, Field(ge=0, le=1_024, description="of torch; 0 leaves it to torch. Small models are fastest on one")
+    ] = 1
     feed: Part | None = None
     checkpoint: CheckpointSettings = CheckpointSettings()
     http: HttpSettings = HttpSettings()
@@ -85,15 +87,18 @@ def load(source: str, overrides: Sequence[str] = (), extra: Mapping[str, Any] | 
         ConfigError: the file cannot be read, or a setting is wrong.
     """
     table = _parse(source)
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--set {text!r}: write it as key.path=value")
-        _put(table, key.strip(), _value(value.strip()))
-    for key, given in (extra or {}).items():
-        if given is not None:
-            _put(table, key, given)
+    changes = [*map(_change, overrides), *((key, value) for key, value in (extra or {}).items() if value is not None)]
+    # A part of another kind has other options; so kinds come first, and take the old options with them.
+    for key, value in sorted(changes, key=lambda change: not change[0].endswith(".kind")):
+        _put(table, key, value)
     return validate(Configuration, table)
+
+
+def _change(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text!r}: write it as key.path=value")
+    return key.strip(), _value(value.strip())
 
 
 def _parse(source: str) -> dict[str, Any]:
@@ -132,7 +137,14 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
     if isinstance(place, list):
         place[_index(place, last, key)] = value
     else:
+        if last == "kind" and not _same_family(place.get("kind"), value):
+            place.clear()
         place[last] = value
+
+
+def _same_family(before: Any, after: Any) -> bool:
+    """Say whether the options of a part of one kind are those of another: a CSV feed's and a JSON feed's, for one."""
+    return before in {None, after} or (before in KINDS and KINDS[before] == KINDS.get(after))
 
 
 def _index(place: list[Any], name: str, key: str) -> int:

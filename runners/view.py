@@ -96,6 +96,6 @@ def plain(console: Console, tally: Tally, every: int) -> Callable[[Report], None
             accuracies = ", ".join(
                 f"{name} {100 * tally.recent[name].accuracy:.1f} %" for name in [SERVED, *report.peers]
             )
-            console.print(f"{report.records:>9,}  {accuracies}; teacher {report.teacher}")
+            console.print(f"{report.records:>9,}  {accuracies}; teacher {report.teacher}", soft_wrap=True)
 
     return line

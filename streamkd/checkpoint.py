@@ -9,6 +9,7 @@ step-000000000123/
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,8 +19,11 @@ import torch
 
 from streamkd.errors import CheckpointError
 
+STATE = "state.pt"
+ABOUT = "about.json"
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
+_NAME = re.compile(r"step-\d{12}")
 
 
 def save(directory: Path, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
@@ -42,8 +46,8 @@ def save(directory: Path, step: int, state: Mapping[str, Any], about: Mapping[st
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        torch.save(dict(state), aside / "state.pt")
-        _write_json(aside / "about.json", {"format": FORMAT, "step": step, **about})
+        _write_tensors(aside / STATE, state)
+        _write_json(aside / ABOUT, {"format": FORMAT, "step": step, **about})
         _write_json(aside / MANIFEST, {file.name: _measure(file) for file in sorted(aside.iterdir())})
         for path in [*aside.iterdir(), aside]:
             _sync(path)
@@ -63,8 +67,8 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         CheckpointError: a file is missing or differs from the manifest.
     """
     verify(path)
-    about = json.loads((path / "about.json").read_text(encoding="utf-8"))
-    return torch.load(path / "state.pt", weights_only=True, map_location="cpu"), about
+    about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+    return torch.load(path / STATE, weights_only=True, map_location="cpu"), about
 
 
 def verify(path: Path) -> None:
@@ -75,8 +79,8 @@ def verify(path: Path) -> None:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            if _measure(path / name) != expected:
+        for name in sorted({STATE, ABOUT, *manifest}):
+            if _measure(path / name) != manifest.get(name):
                 raise CheckpointError(f"{path / name}: damaged; its sha256 is not the manifest's")
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a whole checkpoint: {error}") from None
@@ -117,18 +121,20 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def found(directory: Path) -> list[Path]:
     """Return the checkpoints in a directory, the newest first, verified or not."""
-    return sorted(directory.glob("step-*"), reverse=True)
+    named = [path for path in directory.glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(named, reverse=True)
 
 
 def prune(directory: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what earlier attempts left half-written.
+    """Delete all but the newest `keep` checkpoints that are whole, and what earlier attempts left half-written.
 
-    Nothing is deleted unless the newest is whole: it may be the only one that is.
+    Nothing is deleted while none is whole.
     """
-    newest, *_ = [*found(directory), None]
-    if newest is not None and _whole(newest):
-        for path in [*found(directory)[keep:], *directory.glob(".step-*")]:
-            shutil.rmtree(path, ignore_errors=True)
+    whole = [path for path in found(directory) if _whole(path)]
+    if whole:
+        for path in [*found(directory), *directory.glob(".step-*")]:
+            if path not in whole[:keep]:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def stage(state: Any) -> Any:
@@ -146,6 +152,14 @@ def _measure(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def _write_tensors(path: Path, state: Mapping[str, Any]) -> None:
+    try:
+        with path.open("wb") as file:
+            torch.save(dict(state), file)
+    except RuntimeError as error:  # what torch makes of a disk that is full
+        raise OSError(f"{path.name} could not be written: {error}") from error
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

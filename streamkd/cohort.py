@@ -33,6 +33,7 @@ class Distillation:
         beta: a schedule, a value a student: the weight of the labels.
         gate: `better` drops a lesson on records where the teacher is not closer to the label than the student; `soft`
             weighs it by 2 sigmoid(2 (CE_student - CE_teacher)); `open` takes every lesson.
+        cap: on no record may the distillation's gradient at the logits outweigh the label's.
         burn_in: updates before any distillation.
         freeze_after: for `static`, in updates.
         temperature_boost, rate_boost: factors on temperature and learning rate at an alarm, fading by half every
@@ -45,6 +46,7 @@ class Distillation:
     alpha: Schedule = field(default_factory=competence)
     beta: Schedule = field(default_factory=lambda: constant(1.0))
     gate: str = "better"
+    cap: bool = True
     burn_in: int = 10
     freeze_after: int = 1_000
     temperature_boost: float = 1.0
@@ -67,7 +69,8 @@ class Learned:
 
     Attributes:
         losses: `[m]`, hard loss of each example, the mean over peers, before the step.
-        hard, soft, total: `[peers]`, mean hard loss, weighted distillation, and the sum that was minimised.
+        hard, soft, total: `[peers]`, mean hard loss, weighted distillation, and the sum that was minimised, as it
+            is before distillation is capped.
         divergence: `[peers]`, mean distillation loss from the teachers, unweighted.
         norms: `[peers]`, norm of the gradient before clipping.
         agreed, compared: pairs of peers that gave the same answer to a record, and pairs compared.
@@ -93,6 +96,8 @@ class Cohort:
 
     def __init__(self, peers: Sequence[Peer], distillation: Distillation | None = None) -> None:
         self.peers = list(peers)
+        if len({peer.name for peer in self.peers}) < len(self.peers):
+            raise ValueError(f"peers need names of their own; these are {[peer.name for peer in self.peers]}")
         self.distillation = distillation or Distillation()
         size = len(self.peers)
         self.names = [peer.name for peer in self.peers]
@@ -132,12 +137,15 @@ class Cohort:
         rule = self.distillation
         burning_in = self.updates < rule.burn_in
         boost = 1 + (rule.temperature_boost - 1) * self._alertness()
+        alphas, betas = self.alphas, self.betas
         self.alphas, self.betas = {}, [1.0] * len(self)  # who listens to nobody has its labels alone
         for source, student in self.pairs(teacher):
-            signals = self._signals(student, source if source < len(self) else teacher, classes)
-            alpha = 0.0 if burning_in else rule.alpha(signals)
-            self.alphas[source, student] = alpha
-            self.betas[student] = 1.0 if burning_in else rule.beta(replace(signals, alpha=alpha))
+            # The served answer is as good as the teacher in office, for want of a measure of its own.
+            signals = self._signals(student, teacher if source == 2 * len(self) else source % len(self), classes)
+            if not burning_in:
+                alpha = rule.alpha(replace(signals, previous=alphas.get((source, student))))
+                self.betas[student] = rule.beta(replace(signals, alpha=alpha, previous=betas[student]))
+            self.alphas[source, student] = 0.0 if burning_in else alpha
         for student in range(len(self)):
             signals = self._signals(student, teacher, classes)
             value = rule.temperature(replace(signals, previous=self.temperatures[student]))
@@ -163,9 +171,10 @@ class Cohort:
         soft, divergence = torch.zeros_like(hard), torch.zeros_like(hard)
         if any(self.alphas.values()):
             soft, divergence, soft_gradient = self._distil(leaf, hard, lesson, seen=seen, weights=weights)
-            # On no record does distillation outweigh the label: its gradient is cut to the hard one's length.
+            # Where it is capped, distillation is cut to the length of the label's gradient, record by record.
             room = gradient.norm(dim=-1) / soft_gradient.norm(dim=-1).clamp(min=1e-12)
-            gradient = gradient + soft_gradient * room.clamp(max=1.0)[..., None]
+            share = room.clamp(max=1.0) if self.distillation.cap else torch.ones_like(room)
+            gradient = gradient + soft_gradient * share[..., None]
         logits.backward(gradient * lesson.weights[:, None])  # type: ignore[no-untyped-call]
         norms = torch.tensor([self._step(index, teacher) for index in range(len(self))])
         self._restart_stuck(teacher)
@@ -270,11 +279,11 @@ class Cohort:
             updates_since_drift=self.updates - self.drift_update,
             classes=max(2, classes),
             loss=float(self.losses[student]),
-            teacher_loss=float(self.losses[teacher % len(self)]),
+            teacher_loss=float(self.losses[teacher]),
             accuracy=float(self.accuracies[student]),
-            teacher_accuracy=float(self.accuracies[teacher % len(self)]),
+            teacher_accuracy=float(self.accuracies[teacher]),
             capacity=self.peers[student].capacity,
-            teacher_capacity=self.peers[teacher % len(self)].capacity,
+            teacher_capacity=self.peers[teacher].capacity,
         )
 
     def state_dict(self) -> dict[str, Any]:

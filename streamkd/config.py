@@ -9,22 +9,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pydantic import ValidationError, validate_call
 from torch import nn
 
 from streamkd import drift, losses, models, replay, schedules
+from streamkd.batch import Output
 from streamkd.cohort import Distillation
 from streamkd.engine import Engine
 from streamkd.errors import ConfigError
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Pending
-from streamkd.peer import MakeOptimizer, Peer, as_output
+from streamkd.peer import MakeOptimizer, Peer
 from streamkd.roles import Election
 from streamkd.served import Served
 from streamkd.settings import EngineSettings, Part, complaints, did_you_mean
+
+RESERVED = ("served", "no-change", "majority")
+"""Names that tables and metrics use beside those of the peers."""
 
 
 def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Callable[[], float] = lambda: 0.0) -> Engine:
@@ -38,7 +42,7 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
     Raises:
         ConfigError: a part is misnamed, an option does not exist, or a model's output does not fit.
     """
-    device = resolve_device(settings.device)
+    device = resolve_device(settings.device, deterministic=settings.deterministic)
     rule = settings.distillation
     boosts = settings.drift.model_dump(include={"temperature_boost", "rate_boost", "boost_half_life"})
     memory = settings.replay.model_dump(include={"capacity", "alpha", "beta", "beta_records", "cap"})
@@ -49,10 +53,11 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
         settings.max_classes,
         distillation=Distillation(
             scheme=rule.scheme,
+            cap=rule.cap,
             loss=partial(find(rule.loss, losses, "distillation.loss"), **rule.loss.options),
-            temperature=make(rule.temperature, schedules, "distillation.temperature"),
-            alpha=make(rule.alpha, schedules, "distillation.alpha"),
-            beta=make(rule.beta, schedules, "distillation.beta"),
+            temperature=_schedule(rule.temperature, "distillation.temperature", least=1e-3),
+            alpha=_schedule(rule.alpha, "distillation.alpha"),
+            beta=_schedule(rule.beta, "distillation.beta"),
             gate=rule.gate,
             burn_in=rule.burn_in,
             freeze_after=rule.freeze_after,
@@ -61,7 +66,7 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
         replay=replay.ReplayBuffer(**memory, evict=getattr(replay, rehearsal.evict), seed=settings.seed + 1_000_003),
         recall=replay.Recall(updates=rehearsal.updates, records=rehearsal.records, window=rehearsal.window),
         drift=drift.DriftWatch(
-            make(watch.detector, drift, "drift.detector"),
+            _detector(watch.detector),
             watch.detector.kind.rpartition(":")[2],
             watch.signal,
         ),
@@ -74,13 +79,51 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
     )
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device; `auto` is a GPU where torch finds one."""
+def resolve_device(name: str, *, deterministic: bool) -> torch.device:
+    """Return the device; `auto` is a GPU where torch finds one and results need not repeat bit for bit.
+
+    Raises:
+        ConfigError: there is no such device, or it cannot keep the promise.
+    """
+    if deterministic:
+        if name.startswith("cuda"):
+            raise ConfigError(f"device = {name!r}: deterministic = true holds on the CPU only; set device = 'cpu'")
+        return torch.device("cpu")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f"device = {name!r}: torch finds no GPU here; set device = 'auto' or 'cpu'")
     return torch.device(name)
+
+
+def _schedule(part: Part, key: str, least: float = 0.0) -> schedules.Schedule:
+    schedule: schedules.Schedule = make(part, schedules, key)
+    value = _tried(lambda: float(schedule(schedules.Signals())), part, key)
+    if not least <= value < float("inf"):
+        raise ConfigError(f"{key} = {_shown(part)}: gives {value}; {least} is the least that will do")
+    return schedule
+
+
+def _detector(part: Part) -> drift.DriftDetector:
+    detector: drift.DriftDetector = make(part, drift, "drift.detector")
+    missing = [name for name in ("update", "state_dict", "load_state_dict", "width") if not hasattr(detector, name)]
+    if missing:
+        raise ConfigError(f"drift.detector.kind = {part.kind!r}: not a detector; it has no {', '.join(missing)}")
+    _tried(lambda: detector.update(0.0), part, "drift.detector")
+    return cast("drift.DriftDetector", make(part, drift, "drift.detector"))
+
+
+def _tried(call: Callable[[], Any], part: Part, key: str) -> Any:
+    """Call what the user named; whatever it does wrong is a mistake in the configuration."""
+    try:
+        return call()
+    except ConfigError:
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of river's compiled detectors is no Exception
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise ConfigError(f"{key} = {_shown(part)}: {type(error).__name__}: {reason}") from error
 
 
 def _static_office(scheme: str) -> dict[str, str]:
@@ -91,8 +134,10 @@ def _peers(settings: EngineSettings, shape: Sequence[int]) -> Iterator[Peer]:
     names = [peer.name for peer in settings.peers]
     for index, peer in enumerate(settings.peers):
         key = f"peers.{index}"
-        if names.count(peer.name) > 1 or peer.name == "served":
-            raise ConfigError(f"{key}.name = {peer.name!r}: taken; give each peer a name of its own, not 'served'")
+        if names.count(peer.name) > 1 or peer.name in RESERVED:
+            raise ConfigError(
+                f"{key}.name = {peer.name!r}: taken; give each peer a name of its own, none of {', '.join(RESERVED)}"
+            )
         made = Peer(
             peer.name,
             _model(peer.model, shape, settings.max_classes, f"{key}.model"),
@@ -101,7 +146,7 @@ def _peers(settings: EngineSettings, shape: Sequence[int]) -> Iterator[Peer]:
             clip=peer.clip,
             seed=settings.seed * 1_000 + index,
         )
-        _check_output(made, shape, settings.max_classes, f"{key}.model")
+        _check_output(made, shape, settings.max_classes, peer.model, f"{key}.model")
         yield made
 
 
@@ -116,12 +161,7 @@ def _model(part: Part, shape: Sequence[int], classes: int, key: str) -> Callable
         factory, options = models.torchvision_model, {"name": part.kind, "classes": classes, **options}
 
     def build() -> nn.Module:
-        try:
-            module = factory(**options)
-        except ImportError as error:
-            raise ConfigError(f"{key}.kind = {part.kind!r}: needs torchvision ({error}); pip install it") from None
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"{key} = {_shown(part)}: {error}") from None
+        module = _tried(lambda: factory(**options), part, key)
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{key}.kind = {part.kind!r}: made a {type(module).__name__}, not a torch.nn.Module")
         return module
@@ -129,19 +169,22 @@ def _model(part: Part, shape: Sequence[int], classes: int, key: str) -> Callable
     return build
 
 
-def _check_output(peer: Peer, shape: Sequence[int], classes: int, key: str) -> None:
-    """Try the model on two records of zeros."""
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            logits = as_output(peer.predict(torch.zeros(2, *shape))).logits
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{key}: cannot read records of shape {list(shape)}: {reason}") from None
-    if tuple(logits.shape) != (2, classes):
-        raise ConfigError(
-            f"{key}: for 2 records its output has shape {list(logits.shape)}, and [2, {classes}] is needed; "
-            f"make its output {classes} wide, or set max_classes to the width that it has"
-        )
+def _check_output(peer: Peer, shape: Sequence[int], classes: int, part: Part, key: str) -> None:
+    """Try the model on two records of zeros, as it answers and as it learns."""
+    x = torch.zeros(2, *shape)
+    with torch.random.fork_rng():
+        for answer in (peer.learn, peer.predict):
+            logits = _tried(partial(_logits, answer, x), part, f"{key}, for records of shape {list(shape)}")
+            found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            if found != [2, classes]:
+                raise ConfigError(
+                    f"{key}: for 2 records its output has shape {found}, and [2, {classes}] is needed; "
+                    f"make its output {classes} wide, or set max_classes to the width that it has"
+                )
+
+
+def _logits(answer: Callable[[torch.Tensor], Output], x: torch.Tensor) -> Any:
+    return answer(x).logits
 
 
 def _optimizer(part: Part, key: str) -> MakeOptimizer:
@@ -159,10 +202,11 @@ def _optimizer(part: Part, key: str) -> MakeOptimizer:
             raise ConfigError(f"{key}.{name}: no such option of {part.kind}{did_you_mean(name, _parameters(factory))}")
 
     def build(parameters: Any) -> torch.optim.Optimizer:
-        try:
-            return factory(parameters, **options)  # type: ignore[no-any-return]
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{key} = {_shown(part)}: {error}") from None
+        optimizer: torch.optim.Optimizer = _tried(lambda: factory(parameters, **options), part, key)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if not all(0 <= rate < float("inf") for rate in rates):
+            raise ConfigError(f"{key}.lr = {rates[0]}: not a finite rate")
+        return optimizer
 
     return build
 
@@ -222,10 +266,10 @@ def imported(name: str, key: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute)
-    except ImportError as error:
-        raise ConfigError(f"{key} = {name!r}: cannot be imported: {error}") from None
     except AttributeError:
         raise ConfigError(f"{key} = {name!r}: there is no {attribute} in {module}") from None
+    except Exception as error:  # whatever the module does when it is imported
+        raise ConfigError(f"{key} = {name!r}: cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ConfigError(f"{key} = {name!r}: is not a function or class")
     return found  # type: ignore[no-any-return]

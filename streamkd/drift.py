@@ -8,10 +8,11 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from river import drift
 
 from streamkd.report import SERVED, Scored
@@ -121,7 +122,10 @@ WORST = 5.0
 """The log-loss, in nats, that counts as 1 where `loss` is watched."""
 
 
-def adwin(delta: float = 0.002, *, one_sided: bool = True, **options: Any) -> River:
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def adwin(delta: Share = 0.002, *, one_sided: bool = True, **options: Any) -> River:
     """Adaptive windowing (Bifet and Gavalda 2007): two sub-windows whose means differ. Any value in [0, 1]."""
     return River(drift.ADWIN(delta=delta, **options), *((_estimation, _estimation) if one_sided else ()))
 
@@ -131,7 +135,7 @@ def kswin(*, one_sided: bool = True, seed: int = 0, **options: Any) -> River:
     return River(drift.KSWIN(seed=seed, **options), *((_older, _recent) if one_sided else ()))
 
 
-def page_hinkley(threshold: float = 10.0, *, one_sided: bool = True, **options: Any) -> River:
+def page_hinkley(threshold: Annotated[float, Field(gt=0)] = 10.0, *, one_sided: bool = True, **options: Any) -> River:
     """Page's cumulative sum with Hinkley's test (Page 1954). Any value; `threshold` is in units of its sum."""
     mode = "up" if one_sided else "both"
     return River(drift.PageHinkley(threshold=threshold, mode=mode, **options))

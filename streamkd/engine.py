@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamkd.batch import Batch
+from streamkd.batch import UNLABELLED, Batch
 from streamkd.cohort import Cohort, Distillation, Learned, Lesson
 from streamkd.drift import DriftWatch, adwin
 from streamkd.inputs import Raw, Standardiser
@@ -24,9 +24,9 @@ class Engine:
     """Predicts every batch before it learns it.
 
     Args:
-        peers: two or more, of one output width; or a `Cohort`.
+        peers: two or more, of one output width.
         classes: that width.
-        distillation: how peers teach one another; for a `Cohort` given ready-made it is the cohort's own.
+        distillation: how peers teach one another.
         replay: the memory; `ReplayBuffer(0)` for none.
         recall: how the memory is rehearsed.
         drift: what is watched for drift, on the served answer.
@@ -64,7 +64,7 @@ class Engine:
         self.served = served or Served(2 * len(peers))
         self.pending = Pending() if pending is None else pending
         self.inputs = inputs or Standardiser()
-        self.transfer = TransferEfficiency(len(peers), classes)
+        self.transfer = TransferEfficiency(len(peers))
         self.clock = clock
         self.seen = torch.zeros(classes, dtype=torch.bool)
         self.steps = 0
@@ -79,7 +79,11 @@ class Engine:
             yield self.step(batch)
 
     def step(self, batch: Batch) -> Report:
-        """Predict one batch, then learn what labels have come; return what happened."""
+        """Predict one batch, then learn what labels have come; return what happened.
+
+        Raises:
+            ValueError: a label is not a class index.
+        """
         self._seconds = {}
         self._lap = self.clock()
         said = self._predict(batch)
@@ -108,13 +112,21 @@ class Engine:
 
     @torch.no_grad()
     def _predict(self, batch: Batch) -> Answers:
-        x = batch.x.to(self.device)
-        log_p = self._log_p(x)
-        said = Answers(x, batch.y.to(self.device), log_p, self.served.answer(log_p))
+        x, y = batch.x.to(self.device), batch.y.to(self.device, torch.int64)
+        self._check(y, batch.late.values())
+        log_p = self._log_p(x) if len(x) else torch.zeros(2 * len(self.cohort), 0, self.classes, device=self.device)
+        said = Answers(x, y, log_p, self.served.answer(log_p))
         self.inputs.update(x)
         self.steps += 1
         self.records += len(batch)
         return said
+
+    def _check(self, y: Tensor, late: Iterable[int]) -> None:
+        wrong = [k for k in {*y.tolist(), *late} if k != UNLABELLED and not 0 <= k < self.classes]
+        if wrong:
+            raise ValueError(
+                f"label {wrong[0]}: class indices go from 0 to {self.classes - 1}, or UNLABELLED ({UNLABELLED})"
+            )
 
     @torch.no_grad()
     def _score(self, answers: Answers) -> Scored:

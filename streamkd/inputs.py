@@ -50,8 +50,9 @@ class Standardiser:
         """Return `x` standardised, clipped, and without missing values."""
         if len(self.mean):
             shape = (1, -1) + (1,) * (x.dim() - 2)
+            # Single precision comes after centring: a column of time stamps would lose its seconds before it.
             x = (x - self._centre.view(shape).to(x)) * self._scale.view(shape).to(x)
-        return torch.nan_to_num(x, nan=0.0).clamp(-self.clip, self.clip)
+        return torch.nan_to_num(x.float(), nan=0.0).clamp(-self.clip, self.clip)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that was learned."""
@@ -66,7 +67,7 @@ class Standardiser:
         variance = self.square / self.count.clamp(min=1)
         # A feature that never varied says nothing, and must not be blown up when it first does.
         scale = torch.where(variance > 0, variance.clamp(min=1e-24).rsqrt(), 1.0)
-        self._centre, self._scale = self.mean.float(), scale.float()
+        self._centre, self._scale = self.mean, scale
 
 
 def _by_feature(x: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ class Raw:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x` without missing values."""
-        return torch.nan_to_num(x, nan=0.0)
+        return torch.nan_to_num(x.float(), nan=0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: nothing is learned."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,13 +45,15 @@ class Peer:
         self.restarts = 0
         self._build, self._make_optimizer, self._horizon, self._seed = build, optimizer, horizon, seed
         self._device = torch.device("cpu")
-        self._start()
-        self.capacity = sum(p.numel() for p in self._parameters if p.requires_grad)
+        self._start(None)
+        self.capacity = max(1, sum(p.numel() for p in self._parameters))
 
-    def _start(self) -> None:
+    def _start(self, weights: dict[str, Any] | None) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(self._seed + self.restarts * 1_000_003)
             self.module = self._build().to(self._device)
+        if weights is not None and _fits(weights, self.module.state_dict()):
+            self.module.load_state_dict(weights)
         self._parameters = list(self.module.parameters())
         self.optimizer = self._make_optimizer(self._parameters)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -73,11 +75,7 @@ class Peer:
         """
         self.restarts += 1
         self.stuck = 0
-        self._start()
-        theirs, ours = source.module.state_dict(), self.module.state_dict()
-        alike = {name: w.shape for name, w in theirs.items()} == {name: w.shape for name, w in ours.items()}
-        if alike and all(bool(weight.isfinite().all()) for weight in theirs.values()):
-            self.module.load_state_dict(theirs)
+        self._start(source.module.state_dict())
 
     def learn(self, x: Tensor) -> Output:
         """Answer `x` `[n, ...]` in training mode, with a gradient."""
@@ -131,7 +129,9 @@ class Peer:
         """Go on from what `state_dict` returned."""
         self.module.load_state_dict(state["module"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # What the optimizer has gathered goes on; its options are those that it was made with.
+        options = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": options})
         self.skipped, self.stuck, self.restarts = state["skipped"], state["stuck"], state["restarts"]
 
 
@@ -151,6 +151,15 @@ def ema(decay: float) -> Callable[[Any, Any, Any], None]:
     return update
 
 
-def as_output(said: Tensor | Output) -> Output:
-    """Accept a model that returns plain logits."""
-    return said if isinstance(said, Output) else Output(said)
+def as_output(said: Any) -> Output:
+    """Accept a model that returns plain logits, or logits among other things (torchvision's auxiliary outputs)."""
+    if isinstance(said, Output):
+        return said
+    if isinstance(said, tuple):
+        return Output(cast("Tensor", getattr(said, "logits", said[0])))
+    return Output(said)
+
+
+def _fits(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    alike = {name: w.shape for name, w in theirs.items()} == {name: w.shape for name, w in ours.items()}
+    return alike and all(bool(weight.isfinite().all()) for weight in theirs.values())

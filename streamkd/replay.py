@@ -207,5 +207,6 @@ def reservoir(buffer: ReplayBuffer, n: int) -> Tensor:
     slots = torch.where(arrivals < buffer.capacity, arrivals, places)
     # Of two records that chose one slot the later stays; writing both at once would leave it to chance.
     index = torch.arange(n)
-    last = torch.full((int(slots.max()) + 1,), -1).scatter_reduce(0, slots, index, "amax")
+    slots = slots.clamp(max=buffer.capacity)  # turned away
+    last = torch.full((buffer.capacity + 1,), -1).scatter_reduce(0, slots, index, "amax")
     return torch.where((slots < buffer.capacity) & (last[slots] == index), slots, -1)

@@ -7,6 +7,13 @@ remembers is the value it gave last, which comes back to it as `signals.previous
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp, log, log2
+from typing import Annotated
+
+from pydantic import Field
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Growth = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +26,7 @@ class Signals:
         classes: classes seen so far, at least 2.
         loss, teacher_loss: running mean cross entropy, in nats.
         accuracy, teacher_accuracy: running prequential accuracy, 0 to 1.
-        capacity, teacher_capacity: trainable parameters.
+        capacity, teacher_capacity: parameters, frozen ones included.
         alpha: the weight of the distillation, for the schedule of the hard loss (beta).
         previous: what this schedule said last; None at first.
     """
@@ -50,13 +57,17 @@ class Signals:
 Schedule = Callable[[Signals], float]
 
 
-def constant(value: float) -> Schedule:
+def constant(value: NotNegative) -> Schedule:
     """Always the same value."""
     return lambda _: value
 
 
 def mission_temperature(
-    start: float = 5.0, low: float = 0.1, high: float = 0.5, minimum: float = 1.0, maximum: float = 10.0
+    start: Positive = 5.0,
+    low: NotNegative = 0.1,
+    high: NotNegative = 0.5,
+    minimum: Positive = 1.0,
+    maximum: Positive = 10.0,
 ) -> Schedule:
     """Published loss-driven rule: T * 0.9 when the loss is under `low`, T * 1.1 when it is over `high`.
 
@@ -72,7 +83,9 @@ def mission_temperature(
     return temperature
 
 
-def loss_driven(low: float = 0.1, high: float = 0.5, maximum: float | None = None, rate: float = 1.1) -> Schedule:
+def loss_driven(
+    low: NotNegative = 0.1, high: NotNegative = 0.5, maximum: Positive | None = None, rate: Growth = 1.1
+) -> Schedule:
     """Softer lessons while the student finds the world hard, plain ones (T = 1) when it knows it.
 
     The target is T_max ** clip((rho - low) / (high - low), 0, 1), with rho the running loss over ln K; the
@@ -84,7 +97,12 @@ def loss_driven(low: float = 0.1, high: float = 0.5, maximum: float | None = Non
         maximum: T_max; by default clip(1 + log2(K / 2), 1, 4), since with two classes there is no dark knowledge
             to soften and a high T only ties the scales of the logits together.
         rate: largest change a step, as a factor.
+
+    Raises:
+        ValueError: `low` is not under `high`.
     """
+    if low >= high:
+        raise ValueError(f"low = {low} must be under high = {high}")
 
     def temperature(signals: Signals) -> float:
         top = maximum or min(max(1 + log2(signals.classes / 2), 1.0), 4.0)
@@ -113,10 +131,12 @@ def mission_alpha() -> Schedule:
     return alpha
 
 
-def competence(maximum: float = 1.0, steepness: float = 8.0, prior: float = 0.5, half_life: int = 32) -> Schedule:
+def competence(
+    maximum: NotNegative = 1.0, steepness: NotNegative = 8.0, prior: NotNegative = 0.5, half_life: Positive = 32.0
+) -> Schedule:
     """Listen to a competent teacher, the more so the further one lags, and not while the world is drifting.
 
-    alpha = maximum * c * min(1, 2 sigmoid(steepness * (rho_student - rho_teacher) + prior * ln(C_T / C_S)))
+    alpha = maximum * min(1, 2 c sigmoid(steepness * (rho_student - rho_teacher) + prior * ln(C_T / C_S)))
     * (1 - d): c = clip(1 - rho_teacher, 0, 1) is the teacher's competence (after the scheduled data prior of
     Koh et al. 2023), the ratio of capacities is the belief held before there is evidence, and d is 1 at an alarm
     and halves every `half_life` updates.
@@ -127,7 +147,7 @@ def competence(maximum: float = 1.0, steepness: float = 8.0, prior: float = 0.5,
         lag = steepness * (signals.difficulty - signals.teacher_difficulty)
         lag += prior * log(signals.teacher_capacity / signals.capacity)
         calm: float = 1 - 0.5 ** (signals.updates_since_drift / half_life)
-        return maximum * trust * min(1.0, 2 * _sigmoid(lag)) * calm
+        return maximum * min(1.0, 2 * trust * _sigmoid(lag)) * calm
 
     return alpha
 

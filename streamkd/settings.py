@@ -1,11 +1,12 @@
 """Every setting of an engine: its type, its bounds, its default; and what is said of one that does not fit."""
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from streamkd.errors import ConfigError
 
@@ -19,6 +20,20 @@ class Settings(BaseModel):
     """A table of settings: no key but these, no value out of range."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kinds(cls, table: Any) -> Any:
+        """Let a part without a `kind` be of the default kind."""
+        if not isinstance(table, Mapping):
+            return table
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return {
+            name: {"kind": default.kind, **value}
+            if isinstance(value, Mapping) and isinstance(default := defaults.get(name), Part)
+            else value
+            for name, value in table.items()
+        }
 
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -41,7 +56,7 @@ class PeerSettings(Settings):
 
     name: str = Field(min_length=1)
     model: Part = Part(kind="mlp")
-    optimizer: Part = Part(kind="sgd")
+    optimizer: Part = Part.model_validate({"kind": "sgd", "lr": 0.1})
     ema_horizon: Annotated[float, Field(ge=1, description="updates that the averaged weights look back")] = 10.0
     clip: Annotated[float, Field(gt=0, description="largest norm of the gradient")] = 2.0
 
@@ -55,6 +70,7 @@ class DistillationSettings(Settings):
     alpha: Part = Part(kind="competence")
     beta: Part = Part.model_validate({"kind": "constant", "value": 1.0})
     gate: Literal["better", "soft", "open"] = "better"
+    cap: bool = True
     burn_in: Count = 10
     freeze_after: Count = 1_000
 
@@ -63,9 +79,12 @@ class RolesSettings(Settings):
     """Who becomes teacher, and when."""
 
     rule: Literal["tested", "mission", "never"] = "tested"
+    gamma: Share = 0.998
     every: Positive = 16
     bar: Share = 0.95
     margin: Annotated[float, Field(ge=0)] = 0.005
+    confidence: Annotated[float, Field(ge=0)] = 2.33
+    confidence_drift: Annotated[float, Field(ge=0)] = 1.28
     tenure: Count = 64
     tenure_drift: Count = 8
 
@@ -121,10 +140,10 @@ class EngineSettings(Settings):
     """Everything that makes an Engine."""
 
     batch: Annotated[int, Field(ge=1, le=65_536, description="records a step")] = 16
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     deterministic: bool = False
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
-    max_classes: Annotated[int, Field(ge=2, le=65_536, description="width of the models' output")] = 100
+    max_classes: Annotated[int, Field(ge=2, le=10_000, description="width of the models' output")] = 100
     peers: Annotated[tuple[PeerSettings, ...], Field(min_length=2)]
     distillation: DistillationSettings = DistillationSettings()
     roles: RolesSettings = RolesSettings()
@@ -157,7 +176,12 @@ def complaints(error: ValidationError, prefix: str, model: type[BaseModel] | Non
             continue  # said of a list only because an entry of it is wrong
         key = ".".join(str(part) for part in ([prefix] if prefix else []) + list(problem["loc"]))
         if problem["type"] == "extra_forbidden":
-            known = list(keys(model)) if model else []
+            indices = re.findall(r"\.(\d+)\.", key)
+            known = (
+                [re.sub(r"\.0\.", f".{indices[0]}." if indices else ".0.", name) for name in keys(model)]
+                if model
+                else []
+            )
             yield f"{key}: no such setting{did_you_mean(key, known)}"
         elif problem["type"].startswith("missing"):
             yield f"{key}: missing; set it"

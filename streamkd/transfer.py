@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 TINY = 1e-6
 """A teacher of less entropy than this, in nats, is taken for one that always answers the same."""
@@ -17,13 +18,12 @@ class TransferEfficiency:
 
     Args:
         peers: how many.
-        classes: width of the table.
         gamma: how much of the table a record leaves standing.
     """
 
-    def __init__(self, peers: int, classes: int, gamma: float = 0.998) -> None:
+    def __init__(self, peers: int, gamma: float = 0.998) -> None:
         self.gamma = gamma
-        self.tables = torch.zeros(peers, classes, classes)  # [student, teacher's answer, student's answer]
+        self.tables = torch.zeros(peers, 2, 2)  # [student, teacher's answer, student's answer]
         self.teacher = 0
 
     def update(self, answers: Tensor, teacher: int) -> None:
@@ -31,8 +31,11 @@ class TransferEfficiency:
         if teacher != self.teacher:
             self.teacher = teacher
             self.tables.zero_()
-        peers, classes, _ = self.tables.shape
         answers = answers.cpu()
+        wider = int(answers.max()) + 1 - self.tables.shape[1] if answers.numel() else 0
+        if wider > 0:  # a class that was never answered before
+            self.tables = functional.pad(self.tables, (0, wider, 0, wider))
+        peers, classes, _ = self.tables.shape
         cells = torch.arange(peers)[:, None] * classes**2 + answers[teacher] * classes + answers
         self.tables *= self.gamma ** answers.shape[1]
         self.tables.view(-1).index_add_(0, cells.flatten(), torch.ones(cells.numel()))

@@ -1,4 +1,5 @@
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -36,15 +37,16 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str, damage: st
         checkpoint.load(path)
 
 
-def test_a_save_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path: Path) -> None:
     first = saved(tmp_path, 1)
 
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        saved(tmp_path, 2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"state\.pt|large"):
+            saved(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(tmp_path.iterdir()) == [first]
 
 
@@ -69,12 +71,30 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_whole_one_left_
     checkpoint.load(saved(tmp_path))
 
 
-def test_nothing_is_pruned_while_the_newest_is_not_whole(tmp_path: Path) -> None:
-    for step in (1, 2, 3):
-        saved(tmp_path, step)
-    (tmp_path / "step-000000000003" / "state.pt").write_bytes(b"")
+def test_the_only_whole_checkpoint_is_never_pruned(tmp_path: Path) -> None:
+    paths = [saved(tmp_path, step) for step in (1, 2, 3)]
+    for damaged in paths[1:]:
+        (damaged / "state.pt").write_bytes(b"")
+    checkpoint.prune(tmp_path, 2)
+    assert checkpoint.found(tmp_path) == paths[:1]
+    (paths[0] / "state.pt").write_bytes(b"")
     checkpoint.prune(tmp_path, 1)
-    assert len(checkpoint.found(tmp_path)) == 3
+    assert checkpoint.found(tmp_path) == paths[:1]
+
+
+def test_a_manifest_that_leaves_a_file_out_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (path / "MANIFEST.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"about\.json"):
+        checkpoint.load(path)
+
+
+def test_folders_of_other_names_are_neither_found_nor_pruned(tmp_path: Path) -> None:
+    ours = saved(tmp_path)
+    theirs = shutil.copytree(ours, tmp_path / "step-000000000003.bak")
+    checkpoint.prune(tmp_path, 1)
+    assert checkpoint.found(tmp_path) == [ours]
+    assert theirs.exists()
 
 
 def test_what_is_staged_is_not_reached_by_later_steps() -> None:

@@ -299,15 +299,90 @@ def test_no_whole_checkpoint_and_other_models_are_refused_with_exit_code_4(
     assert "none of its 1 checkpoints is whole" in capsys.readouterr().err
 
 
-def test_a_disk_that_cannot_be_written_does_not_stop_the_learning(
+def test_a_full_disk_does_not_stop_the_learning_and_is_told_at_the_end() -> None:
+    table(Path("d.csv"))
+    settings = ["feed.path=d.csv", "feed.label=y", "http.port=0", "checkpoint.every_records=100"]
+    limited = (
+        "import resource, sys; from runners import cli;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); cli.main()"
+    )
+    command = [sys.executable, "-c", limited, "run", "default", *(f"--set={pair}" for pair in settings)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 4
+    *log, _, message = ended.stderr.splitlines()
+    events = [json.loads(line)["event"] for line in log if line.startswith("{")]
+    assert events.count("checkpoint failed") >= 3
+    assert "feed ended" in events
+    assert "the last save failed" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert message
+    assert not list(Path("checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("key", ["checkpoint.directory", "dead_letters.path"])
+def test_what_cannot_be_written_is_told_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    table(Path("d.csv"))
+    Path("taken").write_text("a file", encoding="utf-8")
+    for command in ("run", "check"):
+        given = ["feed.path=d.csv", "feed.label=y", "http.port=0", f"{key}=taken/below"]
+        assert streamkd(monkeypatch, command, "default", *(f"--set={pair}" for pair in given)) == 2
+        assert f"{key} = 'taken/below'" in capsys.readouterr().err
+
+
+def test_settings_that_the_state_depends_on_are_refused_and_others_may_change(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table(Path("d.csv"))
-    Path("saved").write_text("a file where the folder should be", encoding="utf-8")
-    assert run_once(monkeypatch, "checkpoint.every_records=200") == 0
-    log = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert len([entry for entry in log if entry["event"] == "checkpoint failed"]) >= 3
-    assert log[-1]["records"] == 600
+    assert run_once(monkeypatch) == 0
+    for change in ("replay.capacity=50", "drift.detector.kind=never", "peers.0.optimizer.kind=adamw", "max_classes=7"):
+        capsys.readouterr()
+        assert run_once(monkeypatch, change) == 4
+        message = capsys.readouterr().err
+        assert change.rpartition("=")[2] in message
+        assert "in the checkpoint" in message
+    assert run_once(monkeypatch, "peers.0.optimizer.lr=0.05", "distillation.scheme=mutual") == 0
+
+
+def test_a_model_that_fails_while_it_learns_ends_with_exit_code_5(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"))
+    Path("flaky.py").write_text(
+        "import torch\n\n\nclass Flaky(torch.nn.Linear):\n"
+        "    def __init__(self, shape, classes):\n        super().__init__(shape[0], classes)\n"
+        "        self.calls = 0\n\n"
+        "    def forward(self, x):\n        self.calls += 1\n        if self.calls > 50:\n"
+        "            raise ZeroDivisionError('worn out')\n        return super().forward(x)\n",
+        encoding="utf-8",
+    )
+    assert run_once(monkeypatch, "peers.0.model={kind='flaky:Flaky'}") == 5
+    message = capsys.readouterr().err
+    assert "ZeroDivisionError: worn out" in message
+    assert "Traceback" not in message
+
+
+def test_inspect_tells_what_is_in_the_newest_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"))
+    digests = []
+    for directory in ("one", "two"):
+        assert run_once(monkeypatch, f"checkpoint.directory={directory}", "deterministic=true") == 0
+        capsys.readouterr()
+        assert streamkd(monkeypatch, "inspect", directory, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["records"], found["verified"], found["position"]["classes"]) == (
+            600,
+            True,
+            ["class 2", "class 0", "class 1"],
+        )
+        digests.append(found["digest"])
+    assert digests[0] == digests[1]
+    assert streamkd(monkeypatch, "inspect", "one") == 0
+    assert "every file is as the manifest says" in capsys.readouterr().out
+    assert streamkd(monkeypatch, "inspect", "nowhere") == 4
 
 
 def test_help_comes_without_the_heavy_libraries() -> None:

@@ -13,6 +13,7 @@ from runners.feeds import REASONS, DeadLetter
 from runners.feeds.files import FileFeed, text_file
 from streamkd import UNLABELLED, Batch
 from streamkd.errors import ConfigError, FeedError
+from streamkd.inputs import Standardiser
 
 GOOD = b"a,b,y\n1,2,x\n"
 
@@ -27,7 +28,7 @@ def opened(path: Path, content: bytes, kind: str = "csv", **options: Any) -> tup
 def drained(feed: FileFeed, size: int = 4) -> list[Batch]:
     batches = []
     while (batch := feed.poll(size)) is not None:
-        batches.append(batch)
+        batches += [batch] if len(batch) else []
     feed.close()
     return batches
 
@@ -115,6 +116,64 @@ def test_a_quote_that_is_never_closed_costs_its_own_line_only(tmp_path: Path) ->
     feed, refused = opened(tmp_path / "d.csv", GOOD + b'7,"8,x\n' + body)
     assert len(rows(drained(feed, 16))) == 301
     assert [letter.place["line"] for letter in refused] == [3]
+
+
+def test_a_quoted_record_with_a_bad_number_is_refused_whole(tmp_path: Path) -> None:
+    torn = b'"note\nhello,9,u\nend",bad,d\n'
+    feed, refused = opened(tmp_path / "d.csv", b"t,a,y\nx,1,u\n" + torn + b"x,2,u\n", categorical=("t",), buckets=2)
+    assert [row[0] for row in rows(drained(feed))] == [1, 2]
+    assert [(letter.reason, letter.raw) for letter in refused] == [("not_a_number", torn)]
+
+
+def test_a_long_run_of_bad_rows_comes_up_for_air(tmp_path: Path) -> None:
+    feed, refused = opened(tmp_path / "d.csv", GOOD + b"bad\n" * 2500 + b"3,4,x\n")
+    sizes = []
+    while (batch := feed.poll(4)) is not None:
+        sizes.append(len(batch))
+    feed.close()
+    assert sizes == [1, 0, 1]
+    assert len(refused) == 2500
+
+
+def test_a_last_line_that_is_still_being_written_is_read_again_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    feed, refused = opened(path, GOOD + b"3,4")
+    position = drained(feed)[-1].position
+    assert [letter.reason for letter in refused] == ["width"]
+    again, _ = opened(path, GOOD + b"3,4.5,z\n")
+    again.seek(position)
+    assert rows(drained(again)) == [[3, 4.5]]
+
+
+@pytest.mark.parametrize("after", [b"a,b,y\n9,9,x\n3,4,z\n", b"a,b,y\n", GOOD[:-1] + b"yz\n3,4,z\n"])
+def test_a_file_that_is_not_what_it_was_is_refused(tmp_path: Path, after: bytes) -> None:
+    path = tmp_path / "d.csv"
+    feed, _ = opened(path, GOOD + b"3,4,z\n")
+    batch = feed.poll(1)
+    assert batch is not None
+    feed.close()
+    path.write_bytes(after + b"7,7,x\n")
+    other = text_file(path, kind="csv", label="y", max_classes=5, refuse=lambda _: None)
+    with pytest.raises(FeedError, match="line 2 is not what it was"):
+        other.seek(batch.position)
+    other.close()
+
+
+def test_images_may_be_written_as_rows_of_pixels(tmp_path: Path) -> None:
+    content = b"a,b,c,d,y\n1,2,3,4,x\n"
+    feed, _ = opened(tmp_path / "d.csv", content, shape=(1, 2, 2))
+    assert drained(feed)[0].x.tolist() == [[[[1, 2], [3, 4]]]]
+    with pytest.raises(ConfigError, match=r"feed\.shape = \[3, 3\]: 9 numbers, and a record has 4"):
+        opened(tmp_path / "d.csv", content, shape=(3, 3))
+
+
+def test_time_stamps_keep_their_seconds(tmp_path: Path) -> None:
+    content = b"t,y\n" + b"".join(b"%d,%d\n" % (1_600_000_000 + i % 2, i % 2) for i in range(10))
+    feed, _ = opened(tmp_path / "d.csv", content)
+    (batch,) = drained(feed, 10)
+    scale = Standardiser()
+    scale.update(batch.x)
+    assert scale(batch.x)[:, 0].tolist() == pytest.approx([-1, 1] * 5, abs=1e-3)
 
 
 def test_json_lines_take_columns_by_name_whichever_line_has_them_first(tmp_path: Path) -> None:

@@ -226,14 +226,14 @@ def test_to_predict_asks_for_no_gradient_and_to_learn_does() -> None:
     assert not one.predict(x).logits.requires_grad
 
 
-def test_capacity_counts_what_can_be_trained() -> None:
+def test_capacity_counts_what_is_frozen_as_well() -> None:
     def half_frozen() -> nn.Module:
         module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
         module[0].requires_grad_(requires_grad=False)
         return module
 
     assert peer().capacity == 3 * 4 + 4 + 4 * 2 + 2
-    assert peer(build=half_frozen).capacity == 4 * 2 + 2
+    assert peer(build=half_frozen).capacity == 3 * 4 + 4 + 4 * 2 + 2
 
 
 def test_a_model_may_return_plain_logits_or_an_output_with_features() -> None:

@@ -1,3 +1,4 @@
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -5,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from runners.feeds.files import text_file
 from runners.settings import Configuration, load
 from runners.shipped import shipped
 from streamkd import drift, losses, replay, schedules
-from streamkd.config import build_engine, find, make, public_functions
+from streamkd.config import build_engine, make, public_functions
 from streamkd.errors import ConfigError
 from streamkd.settings import Part, keys
 
@@ -41,9 +43,19 @@ class Net(nn.Module):
         return logits
 
 
+class Failing(nn.Module):
+    """Fails in a way of its own."""
+
+    def __init__(self) -> None:
+        raise KeyError("out of order")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("seed=99999999999", ["seed = 99999999999"]),
+        ("threads=100000", ["threads = 100000"]),
+        ("peers.1.nmae=x", ["did you mean peers.1.name?"]),
         ("batchh=3", ["batchh", "no such setting", "did you mean batch?"]),
         ("replay.capasity=3", ["replay.capasity", "did you mean replay.capacity?"]),
         ("replay.capacity=-1", ["replay.capacity", "-1", "greater than or equal to 0"]),
@@ -83,7 +95,18 @@ def test_a_wrong_setting_is_refused_with_its_key_its_value_and_the_remedy(overri
         ("drift.detector.kind=adwin2", ["drift.detector.kind", "did you mean adwin?"]),
         ("drift.detector.kind=nowhere:Thing", ["drift.detector.kind", "nowhere"]),
         ("drift.detector.kind=math:nothing", ["drift.detector.kind", "no nothing in math"]),
-        ("peers.0.model.kind=test_settings:Net", ["peers.0.model.widths", "no such option"]),
+        ("peers.0.model={kind='test_settings:Net', widths=[1]}", ["peers.0.model.widths", "no such option"]),
+        ("distillation.temperature.low=0.5", ["low = 0.5 must be under high = 0.5"]),
+        ("distillation.temperature={kind='constant', value=0}", ["distillation.temperature", "the least"]),
+        ("distillation.alpha.maximum=-1", ["distillation.alpha.maximum = -1"]),
+        ("distillation.alpha.half_life=0", ["distillation.alpha.half_life = 0"]),
+        ("drift.detector.delta=5", ["drift.detector.delta = 5"]),
+        ("drift.detector.clock=0", ["drift.detector", "clock = 0"]),
+        ("drift.detector={kind='river.drift:ADWIN'}", ["drift.detector.kind", "not a detector"]),
+        ("peers.0.optimizer.lr=nan", ["peers.0.optimizer.lr", "nan"]),
+        ("peers.2.name=majority", ["peers.2.name = 'majority'", "taken"]),
+        ("peers.0.model={kind=':x'}", ["peers.0.model.kind"]),
+        ("peers.0.model={kind='test_settings:Failing'}", ["KeyError", "out of order"]),
     ],
 )
 def test_a_wrong_part_is_refused_with_its_key_its_value_and_the_remedy(override: str, words: list[str]) -> None:
@@ -122,7 +145,8 @@ def test_torchvision_models_are_peers_by_name() -> None:
 
 
 def test_the_keys_that_scripts_hang_on_are_there() -> None:
-    known = {*keys(Configuration), "feed.kind", "feed.path", "feed.label"}
+    options = inspect.signature(text_file).parameters
+    known = {*keys(Configuration), "feed.kind", *(f"feed.{name}" for name in options)}
     assert set(FIXED) <= known
 
 
@@ -154,15 +178,37 @@ def test_what_is_not_toml_is_refused_by_name(tmp_path: Path, text: str) -> None:
         load(str(file))
 
 
-FAMILIES: list[tuple[str, Any]] = [("losses", losses), ("schedules", schedules), ("drift", drift), ("replay", replay)]
+FAMILIES: list[tuple[Any, set[str]]] = [
+    (losses, {"kd", "hard_pseudo_label", "soft_label"}),
+    (schedules, {"constant", "mission_temperature", "loss_driven", "mission_alpha", "competence", "complement"}),
+    (drift, {"adwin", "kswin", "page_hinkley", "ddm", "eddm", "hddm_a", "hddm_w", "fhddm", "never"}),
+    (replay, {"ring", "lowest", "reservoir"}),
+]
 
 
-@pytest.mark.parametrize(("name", "family"), FAMILIES)
-def test_a_family_lists_its_parts(name: str, family: Any) -> None:
-    known = public_functions(family)
-    assert known, name
-    for part in known:
-        assert find(Part(kind=part), family, name)
+@pytest.mark.parametrize(("family", "names"), FAMILIES)
+def test_a_family_holds_the_parts_that_are_promised_and_no_helpers(family: Any, names: set[str]) -> None:
+    assert set(public_functions(family)) == names
+
+
+def test_a_part_without_a_kind_is_of_the_default_kind() -> None:
+    settings = load("default", ["distillation.beta.value=0.5", "peers.0.optimizer={lr=0.5}"])
+    assert settings.distillation.beta == Part.model_validate({"kind": "constant", "value": 0.5})
+    assert settings.peers[0].optimizer == Part.model_validate({"kind": "sgd", "lr": 0.5})
+
+
+def test_another_kind_does_not_keep_the_options_of_the_old_one() -> None:
+    assert load("default", ["peers.0.model.kind=resnet18"]).peers[0].model.options == {}
+    given = ["feed.path=d.jsonl", "feed.kind=jsonl"]
+    feed = load("default", given).feed
+    assert feed is not None
+    assert feed.options == {"path": "d.jsonl"}
+
+
+def test_deterministic_runs_are_on_the_cpu() -> None:
+    assert build_engine(load("default", ["deterministic=true"]), (5,)).device.type == "cpu"
+    with pytest.raises(ConfigError, match="deterministic"):
+        build_engine(load("default", ["deterministic=true", "device=cuda"]), (5,))
 
 
 def test_options_are_checked_by_their_types() -> None:

@@ -16,8 +16,8 @@ def answers(n: int, classes: int = 3, seed: int = 0) -> Tensor:
     return torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(seed))
 
 
-def efficiency(*given: Tensor, teacher: int = 0, classes: int = 3, gamma: float = 0.998) -> list[float]:
-    transfer = TransferEfficiency(len(given), classes, gamma)
+def efficiency(*given: Tensor, teacher: int = 0, gamma: float = 0.998) -> list[float]:
+    transfer = TransferEfficiency(len(given), gamma)
     transfer.update(torch.stack(given), teacher)
     values: list[float] = transfer.values.tolist()
     return values
@@ -41,7 +41,7 @@ def stored(state: dict[str, Any]) -> Any:
 )
 def test_efficiency_lies_between_none_and_all(case: tuple[int, list[tuple[int, int, int]], int]) -> None:
     classes, rows, teacher = case
-    values = efficiency(*torch.tensor(rows).T, teacher=teacher, classes=classes)
+    values = efficiency(*torch.tensor(rows).T, teacher=teacher)
     assert all(0 <= value <= 1 for value in values)
     varied = len({row[teacher] for row in rows}) > 1
     assert values[teacher] == pytest.approx(float(varied), abs=1e-4)
@@ -66,7 +66,7 @@ def test_a_teacher_that_always_says_the_same_can_teach_nothing() -> None:
 
 
 def test_what_a_teacher_said_long_ago_is_not_taken_for_variety() -> None:
-    transfer = TransferEfficiency(2, 3, gamma=0.99)
+    transfer = TransferEfficiency(2, gamma=0.99)
     transfer.update(torch.stack([answers(50), answers(50)]), 0)
     for _ in range(19):  # the share of other answers is 0.99 ** 1900 now: less than a float can tell from noise
         transfer.update(torch.ones(2, 100, dtype=torch.int64), 0)
@@ -74,7 +74,7 @@ def test_what_a_teacher_said_long_ago_is_not_taken_for_variety() -> None:
 
 
 def test_before_the_first_answer_nothing_has_been_learned() -> None:
-    assert TransferEfficiency(2, 3).values.tolist() == [0, 0]
+    assert TransferEfficiency(2).values.tolist() == [0, 0]
 
 
 def test_efficiency_is_mutual_information_over_the_teachers_entropy() -> None:
@@ -83,11 +83,11 @@ def test_efficiency_is_mutual_information_over_the_teachers_entropy() -> None:
     joint = torch.tensor([[4.0, 0.0], [1.0, 3.0]]) / 8
     outer = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True)
     information = torch.xlogy(joint, joint / outer).sum() / torch.log(torch.tensor(2.0))
-    assert efficiency(taught, learned, classes=2)[1] == pytest.approx(float(information), abs=1e-5)
+    assert efficiency(taught, learned)[1] == pytest.approx(float(information), abs=1e-5)
 
 
 def test_a_new_teacher_starts_a_new_table() -> None:
-    transfer = TransferEfficiency(3, 3)
+    transfer = TransferEfficiency(3)
     transfer.update(torch.stack([answers(500, seed=seed) for seed in range(3)]), 0)
     taught = answers(30, seed=9)
     transfer.update(torch.stack([taught, taught, taught]), 1)
@@ -95,7 +95,7 @@ def test_a_new_teacher_starts_a_new_table() -> None:
 
 
 def test_agreement_of_long_ago_is_forgotten() -> None:
-    transfer = TransferEfficiency(2, 3, gamma=0.99)
+    transfer = TransferEfficiency(2, gamma=0.99)
     taught = answers(500)
     transfer.update(torch.stack([taught, taught]), 0)
     for seed in range(3):
@@ -104,7 +104,7 @@ def test_agreement_of_long_ago_is_forgotten() -> None:
 
 
 def test_a_restored_table_goes_on_as_it_would_have() -> None:
-    transfer, restored = TransferEfficiency(2, 3), TransferEfficiency(2, 3)
+    transfer, restored = TransferEfficiency(2), TransferEfficiency(2)
     both = torch.stack([answers(200, seed=1), answers(200, seed=1).roll(1)])
     transfer.update(both, 1)
     restored.load_state_dict(stored(transfer.state_dict()))
@@ -114,7 +114,7 @@ def test_a_restored_table_goes_on_as_it_would_have() -> None:
 
 
 def test_what_two_tables_learn_after_a_restore_is_their_own() -> None:
-    transfer, restored = TransferEfficiency(2, 3), TransferEfficiency(2, 3)
+    transfer, restored = TransferEfficiency(2), TransferEfficiency(2)
     taught = answers(100)
     transfer.update(torch.stack([taught, taught]), 0)
     restored.load_state_dict(transfer.state_dict())

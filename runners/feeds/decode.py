@@ -53,13 +53,13 @@ class Columns:
         return len(self.numeric) + len(self.categorical) * self.buckets
 
     def features(self, cells: Mapping[str, object]) -> np.ndarray:
-        """Return `[width]` float32, NaN where a value is missing.
+        """Return `[width]` float64, NaN where a value is missing.
 
         Raises:
             RefusedError: a cell is not a finite number.
         """
         numbers = [self._number(name, cells.get(name)) for name in self.numeric]
-        hashed = np.zeros((len(self.categorical), self.buckets), dtype=np.float32)
+        hashed = np.zeros((len(self.categorical), self.buckets))
         for row, name in enumerate(self.categorical):
             value = cells.get(name)
             if self._unknown(value):
@@ -67,13 +67,14 @@ class Columns:
             else:
                 text = f"{name}={value}".encode(errors="surrogatepass")
                 hashed[row, crc32(text) % self.buckets] = 1
-        return np.concatenate([np.array(numbers, dtype=np.float32), hashed.ravel()])
+        return np.concatenate([np.array(numbers, dtype=np.float64), hashed.ravel()])
 
     def _number(self, name: str, cell: object) -> float:
         if self._unknown(cell):
             return math.nan
         try:
-            value = float(cell)  # type: ignore[arg-type]
+            # Python would read 1_000 as a number, which nobody's data means.
+            value = float("_" if isinstance(cell, str) and "_" in cell else cell)  # type: ignore[arg-type]
         except (ValueError, TypeError):
             raise RefusedError("not_a_number", f"column {name!r}: {_short(cell)} is not a number") from None
         except OverflowError:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from runners.feeds import DeadLetter, Refuse
 from runners.feeds.classes import ClassMap
@@ -22,6 +23,10 @@ from streamkd.errors import ConfigError, FeedError
 
 LONGEST_RECORD = 100
 """A quoted cell may hold newlines; a record over more lines than this is a quote that was never closed."""
+Name = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(lambda value: [value] if isinstance(value, (str, int)) else value)]
+MOST_REFUSED = 1_000
+"""Records refused in a row before the feed comes up for air."""
 FIRST_KEYS = 1_000
 """Lines of a file of JSON objects whose keys are its columns."""
 FIRST_LOOK = 10_000
@@ -38,6 +43,7 @@ class FileFeed:
         reader: "Csv | JsonLines",
         columns: Columns,
         *,
+        shape: tuple[int, ...],
         max_classes: int,
         refuse: Refuse,
     ) -> None:
@@ -49,30 +55,41 @@ class FileFeed:
         self._refuse = refuse
         self._classes = ClassMap(max_classes)
         self._records = 0
-        self.shape: tuple[int, ...] = (self._columns.width,)
+        self._place = lines.place()
+        self.shape: tuple[int, ...] = shape or (self._columns.width,)
+        if math.prod(self.shape) != self._columns.width:
+            raise ConfigError(
+                f"feed.shape = {list(self.shape)}: {math.prod(self.shape)} numbers, and a record has "
+                f"{self._columns.width}; leave it out for records that are vectors"
+            )
         self._look()
 
     def poll(self, records: int) -> Batch | None:
-        """Return the next `records` usable records; fewer at the end, then None."""
-        rows: list[np.ndarray] = []
-        labels: list[int] = []
-        while len(rows) < records and (found := self._next(self._classes)) is not None:
-            if isinstance(found, DeadLetter):
-                self._refuse(found)
-                continue
-            rows.append(found.features)
-            labels.append(UNLABELLED if found.label is None else found.label)
-        if not rows:
+        """Return the next `records` usable records; fewer, or none, where many are refused; None at the end."""
+        found: list[Record] = []
+        refused = 0
+        while len(found) < records and refused < MOST_REFUSED and (read := self._next(self._classes)) is not None:
+            if isinstance(read, DeadLetter):
+                self._refuse(read)
+                refused += 1
+            else:
+                found.append(read)
+            if isinstance(read, Record) or read.raw.endswith(b"\n"):  # else it may still be being written
+                self._place = self._lines.place()
+        if not found and not refused:
             return None
-        self._records += len(rows)
-        return Batch(torch.from_numpy(np.stack(rows)), torch.tensor(labels), position=self.position())
+        self._records += len(found)
+        x = np.stack([record.features for record in found]) if found else np.empty((0, self._columns.width))
+        y = [UNLABELLED if record.label is None else record.label for record in found]
+        return Batch(
+            torch.from_numpy(x).reshape(-1, *self.shape), torch.tensor(y, dtype=torch.int64), position=self.position()
+        )
 
     def position(self) -> dict[str, Any]:
         """Return where the next record starts, and the classes met before it."""
         return {
             "path": str(self.path),
-            "offset": self._lines.offset,
-            "line": self._lines.number,
+            **self._place,
             "records": self._records,
             "features": [*self._columns.numeric, *self._columns.categorical],
             "classes": list(self._classes.labels),
@@ -89,7 +106,8 @@ class FileFeed:
                 f"(gone: {missing or 'none'}; new: {new or 'none'}; order counts): start with an empty "
                 "checkpoint.directory, or name the new columns in feed.ignore"
             )
-        self._lines.seek(position["offset"], position["line"])
+        self._lines.find(position)
+        self._place = self._lines.place()
         self._classes = ClassMap(self._classes.limit, position["classes"])
         self._records = position["records"]
 
@@ -129,6 +147,9 @@ class FileFeed:
                 self._lines.seek(offset, number)
                 return
         path = f"feed.path = {str(self.path)!r}"
+        if usable and self._lines.next() is not None:
+            self._lines.seek(offset, number)
+            return  # so long a file may have labels further down; until then it is predicted and counted
         if usable:
             raise ConfigError(
                 f"feed.label = {self._columns.label!r}: none of the first {usable} records has a label there; "
@@ -154,10 +175,12 @@ class FileFeed:
         try:
             return self._decode(lines, classes)
         except RefusedError as error:
-            # A quote that was never closed has swallowed what follows: only its own line is at fault.
-            self._lines.give_back(lines[1:])
+            if error.reason in {"malformed", "width"}:
+                # A quote that was never closed has swallowed what follows: only its own line is at fault.
+                self._lines.give_back(lines[1:], last=lines[0])
+                del lines[1:]
             place = {"line": lines[0].number, "offset": lines[0].offset}
-            return DeadLetter(error.reason, error.detail, lines[0].raw, place)
+            return DeadLetter(error.reason, error.detail, b"".join(line.raw for line in lines), place)
 
     def _decode(self, lines: list[Line], classes: ClassMap) -> "Record":
         if lines[0].too_long:
@@ -177,7 +200,7 @@ class FileFeed:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Record:
-    """One record decoded: `features` `[width]` float32, and the class index of its label, None where not known."""
+    """One record decoded: `features` `[width]` float64, and the class index of its label, None where not known."""
 
     features: np.ndarray
     label: int | None
@@ -193,6 +216,8 @@ class Csv:
     def columns(self, lines: Lines, path: Path) -> list[str]:
         """Read the header."""
         first = lines.next()
+        while first is not None and not first.raw.strip():
+            first = lines.next()
         if first is None:
             raise FeedError(f"feed.path = {str(path)!r}: the file is empty")
         try:
@@ -247,7 +272,7 @@ class JsonLines:
                 names |= dict.fromkeys(self.cells(line.raw.decode("utf-8-sig")))
         if not names:
             raise FeedError(f"feed.path = {str(path)!r}: there is no JSON object in its first {len(passed)} lines")
-        lines.give_back(passed)
+        lines.give_back(passed, last=None)
         return list(names)
 
     def take(self, lines: Lines) -> list[Line]:
@@ -272,12 +297,13 @@ def text_file(
     path: Path,
     *,
     kind: str,
-    label: str,
-    categorical: tuple[str, ...] = (),
-    ignore: tuple[str, ...] = (),
+    label: Name,
+    categorical: Names = (),
+    ignore: Names = (),
     buckets: Annotated[int, Field(ge=2, le=65_536)] = 16,
-    missing: tuple[str, ...] = ("",),
+    missing: Names = ("",),
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ",",
+    shape: tuple[Annotated[int, Field(ge=1)], ...] = (),
     max_classes: int,
     refuse: Refuse,
 ) -> FileFeed:
@@ -292,6 +318,7 @@ def text_file(
         buckets: features a categorical column.
         missing: cells that mean "not known"; such a feature is imputed by its running mean.
         delimiter: of CSV.
+        shape: of one record, for images written as rows of pixels: [channels, height, width].
         max_classes: most labels there may be.
         refuse: takes the records that cannot be used.
 
@@ -303,8 +330,12 @@ def text_file(
     lines = Lines(path)
     with ExitStack() as unless_it_fits:
         unless_it_fits.callback(lines.close)
+        try:
+            present = reader.columns(lines, path)
+        except TruncatedError as error:
+            raise FeedError(f"feed.path = {str(path)!r}: breaks off before its first record: {error}") from None
         columns = assign(
-            reader.columns(lines, path),
+            present,
             where=str(path),
             label=label,
             categorical=categorical,
@@ -312,6 +343,6 @@ def text_file(
             buckets=buckets,
             missing=missing,
         )
-        feed = FileFeed(path, lines, reader, columns, max_classes=max_classes, refuse=refuse)
+        feed = FileFeed(path, lines, reader, columns, shape=shape, max_classes=max_classes, refuse=refuse)
         unless_it_fits.pop_all()
         return feed

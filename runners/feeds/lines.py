@@ -3,9 +3,11 @@
 import gzip
 import zlib
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
+from zlib import crc32
 
 from streamkd.errors import FeedError
 
@@ -43,6 +45,8 @@ class Lines:
     """A file's lines, one after the other, some of which may be given back to be read again."""
 
     def __init__(self, path: Path) -> None:
+        if path.exists() and not path.is_file():
+            raise FeedError(f"feed.path = {str(path)!r}: not a file")
         try:
             self._raw = path.open("rb")
             self._size = path.stat().st_size
@@ -51,6 +55,7 @@ class Lines:
             raise FeedError(f"feed.path = {str(path)!r}: {error.strerror or error}; check the path") from None
         self._returned: deque[Line] = deque()
         self._broken = False
+        self._last: Line | None = None
         self.number = 1
         self.offset = 0
 
@@ -64,23 +69,54 @@ class Lines:
             return None
         line = self._returned.popleft() if self._returned else self._read()
         if line is not None:
+            self._last = line
             self.number, self.offset = line.number + 1, line.end
         return line
 
-    def give_back(self, lines: list[Line]) -> None:
-        """Put lines back in front."""
+    def give_back(self, lines: list[Line], last: Line | None) -> None:
+        """Put lines back in front, so that `last` is the one that was read last."""
         self._returned.extendleft(reversed(lines))
+        self._last = last
         if lines:
             self.number, self.offset = lines[0].number, lines[0].offset
+
+    def place(self) -> dict[str, int]:
+        """Return where the next line starts, with a checksum of the line before it."""
+        last = self._last or Line(b"", 0, 0, 0)
+        return {
+            "offset": self.offset,
+            "line": self.number,
+            "last_offset": last.offset,
+            "last_bytes": len(last.raw),
+            "last_crc32": crc32(last.raw),
+        }
+
+    def find(self, place: Mapping[str, int]) -> None:
+        """Go to where `place` was taken.
+
+        Raises:
+            FeedError: the file is not the one it was, or the line before has grown since.
+        """
+        try:
+            self._file.seek(place["last_offset"])
+            raw = self._file.read(place["last_bytes"])
+            self.seek(place["offset"], place["line"])
+        except (EOFError, OSError, zlib.error) as error:
+            raise FeedError(f"feed.path: cannot go back to byte {place['offset']}: {error}") from None
+        rest = b"" if raw.endswith(b"\n") or not raw else self._file.readline(LONGEST)
+        if crc32(raw) != place["last_crc32"] or rest.strip():
+            raise FeedError(
+                f"feed.path: line {place['line'] - 1} is not what it was when the checkpoint was made; give back the "
+                "file as it was, or start afresh with another checkpoint.directory"
+            )
+        self._last = Line(raw, place["line"] - 1, place["last_offset"], place["offset"])
+        self.offset += len(rest)
 
     def seek(self, offset: int, number: int) -> None:
         """Go to a line by its place; in a compressed file all before it is read again."""
         self._returned.clear()
         self._broken = False
-        try:
-            self._file.seek(offset)
-        except (EOFError, OSError, zlib.error) as error:
-            raise FeedError(f"feed.path: cannot go back to byte {offset}: {error}") from None
+        self._file.seek(offset)
         self.offset, self.number = offset, number
 
     @property
