@@ -1,6 +1,5 @@
 from collections.abc import Sequence
 from functools import partial
-from io import BytesIO
 from typing import Any
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from worlds import stored
 
 from streamkd import UNLABELLED, Cohort, Distillation, Output, Peer
 from streamkd.cohort import STUCK, Learned, Lesson
@@ -95,14 +95,6 @@ def gradients(cohort: Cohort, lesson: Lesson, **options: Any) -> Tensor:
     before = rows_of(cohort)
     learn(cohort, lesson, **options)
     return before - rows_of(cohort)
-
-
-def stored(state: dict[str, Any]) -> Any:
-    """What a checkpoint would give back."""
-    file = BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def one_hot(y: Tensor) -> Tensor:

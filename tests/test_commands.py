@@ -209,6 +209,7 @@ def test_a_port_in_use_is_told_with_the_remedy(
     assert "http.port=N" in message
 
 
+@pytest.mark.slow
 def test_the_demo_ends_with_a_table_and_a_picture() -> None:
     command = [sys.executable, "-m", "runners.cli", "demo", "--records", "2000", "--port", "0", "--no-live"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -218,6 +219,7 @@ def test_the_demo_ends_with_a_table_and_a_picture() -> None:
     assert Path("demo.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_run_serves_metrics_and_a_second_run_goes_on_where_a_signal_stopped_the_first() -> None:
     table(Path("d.csv"), 6_000)
     Path("mine.toml").write_text(

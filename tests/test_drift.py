@@ -1,4 +1,3 @@
-import io
 import os
 import pickle
 import random
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from river import drift as river_drift
+from worlds import stored
 
 from streamkd import DriftWatch
 from streamkd.drift import (
@@ -38,14 +38,6 @@ def errors(seed: int, *stretches: tuple[int, float]) -> list[float]:
 
 def alarms(detector: DriftDetector, values: list[float]) -> list[int]:
     return [index for index, value in enumerate(values) if detector.update(value)]
-
-
-def stored(state: dict[str, Any]) -> Any:
-    """What a checkpoint would give back."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("make", LISTENING)

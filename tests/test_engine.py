@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from worlds import CLASSES, batches, engine, lively, world
+from worlds import CLASSES, batches, engine, lively, stored, world
 
 from streamkd import (
     UNLABELLED,
@@ -76,7 +76,7 @@ def test_a_run_cut_and_resumed_equals_an_unbroken_one(cut: int) -> None:
     torch.manual_seed(0)
     unbroken, stream = lively(), batches(late=True)
     before = [unbroken.step(batch) for batch in stream[:cut]]
-    saved = torch.load(_through_a_file(unbroken.state_dict()), weights_only=True)
+    saved = stored(unbroken.state_dict())
     after = [unbroken.step(batch) for batch in stream[cut:]]
     torch.manual_seed(99)
     resumed = lively()
@@ -96,15 +96,6 @@ def test_a_run_cut_and_resumed_equals_an_unbroken_one(cut: int) -> None:
         assert any(report.drift for report in before)
 
 
-def _through_a_file(state: dict[str, Any]) -> Any:
-    from io import BytesIO  # noqa: PLC0415
-
-    file = BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return file
-
-
 def test_every_batch_is_predicted_before_it_is_learned() -> None:
     made, stream = engine(), batches()
     for batch in stream[:5]:
@@ -117,7 +108,7 @@ def test_every_batch_is_predicted_before_it_is_learned() -> None:
 def test_predicting_changes_nothing() -> None:
     made, stream = engine(), batches()
     made.step(stream[0])
-    before = torch.load(_through_a_file(made.state_dict()), weights_only=True)
+    before = stored(made.state_dict())
     made.predict(stream[1].x)
     assert_same(before, made.state_dict())
 

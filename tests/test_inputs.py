@@ -1,4 +1,3 @@
-from io import BytesIO
 from typing import Any
 
 import pytest
@@ -6,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from worlds import stored
 
 from streamkd.inputs import Raw, Standardiser
 
@@ -23,14 +23,6 @@ def taught(x: Tensor, sizes: list[int] | None = None, **options: Any) -> Standar
     for part in x.split(sizes or [len(x)]):
         inputs.update(part)
     return inputs
-
-
-def stored(state: dict[str, Any]) -> Any:
-    """What a checkpoint would give back."""
-    file = BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @lawful

@@ -1,10 +1,8 @@
-from io import BytesIO
-from typing import Any
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from worlds import stored
 
 from streamkd import UNLABELLED, Batch
 from streamkd.labels import Answers, Pending
@@ -40,14 +38,6 @@ def same(one: Answers, other: Answers) -> bool:
         return [answers.x, answers.y, answers.log_p, answers.served]
 
     return all(torch.equal(left, right) for left, right in zip(columns(one), columns(other), strict=True))
-
-
-def stored(state: dict[str, Any]) -> Any:
-    """What a checkpoint would give back."""
-    file = BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_a_batch_whose_labels_are_all_there_passes_through_unchanged() -> None:

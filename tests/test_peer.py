@@ -1,12 +1,12 @@
 from collections.abc import Callable
 from functools import partial
-from io import BytesIO
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from worlds import stored
 
 from streamkd import Output, Peer
 from streamkd.models import mlp
@@ -51,14 +51,6 @@ def flat(module: nn.Module) -> Tensor:
 def give_gradients(one: Peer, value: float) -> None:
     for parameter in one.module.parameters():
         parameter.grad = torch.full_like(parameter, value)
-
-
-def stored(state: dict[str, Any]) -> Any:
-    """What a checkpoint would give back."""
-    file = BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def test_the_average_is_plain_at_first_and_exponential_from_its_horizon_on() -> None:

@@ -55,6 +55,7 @@ def asked(port: int, query: str) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_a_real_prometheus_sees_the_cohort_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("prometheus") is None:
         pytest.skip("prometheus is not installed (Debian: apt-get install prometheus)")

@@ -1,4 +1,3 @@
-from io import BytesIO
 from typing import Any
 
 import pytest
@@ -6,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from worlds import stored
 
 from streamkd import ReplayBuffer
 from streamkd.replay import Evict, Memories, lowest, reservoir, ring
@@ -38,14 +38,6 @@ def prioritise(buffer: ReplayBuffer, losses: Tensor) -> None:
         buffer.update(torch.arange(len(losses)), torch.full((len(losses),), 2 * float(losses.max())))
     buffer.update(torch.arange(len(losses)), losses)
     assert torch.allclose(buffer.priorities[: len(losses)], losses + 1e-3)
-
-
-def stored(state: dict[str, Any]) -> Any:
-    """What a checkpoint would give back."""
-    file = BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])

@@ -1,12 +1,11 @@
-from io import BytesIO
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from worlds import stored
 
 from streamkd import Election
 from streamkd.roles import Swap
@@ -24,14 +23,6 @@ def evidence(roles: Election, mean: float, spread: float = 0.0, n: int = 100) ->
     """Let peer 1 be better than peer 0 by `mean` with standard deviation `spread`, and both as accurate."""
     signs = torch.tensor([1.0, -1.0]).repeat(n // 2)
     roles.update(torch.stack([torch.full((n,), -1.0), -1.0 + mean + spread * signs]), torch.ones(2, n))
-
-
-def stored(state: dict[str, Any]) -> Any:
-    """What a checkpoint would give back."""
-    file = BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def swaps(roles: Election, batches: int, *, seed: int = 0, updates: int = 2, drifting: bool = False) -> list[int]:

@@ -1,12 +1,11 @@
 import math
-from io import BytesIO
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from worlds import stored
 
 from streamkd import Served
 
@@ -19,14 +18,6 @@ def answers(members: int, n: int, classes: int = 3, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(members, n, classes, generator=generator, dtype=torch.float64)
     return logits.clamp(-5, 5).log_softmax(-1)
-
-
-def stored(state: dict[str, Any]) -> Any:
-    """What a checkpoint would give back."""
-    file = BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @lawful

@@ -1,11 +1,9 @@
-from io import BytesIO
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from worlds import stored
 
 from streamkd.transfer import TransferEfficiency
 
@@ -23,14 +21,6 @@ def efficiency(*given: Tensor, teacher: int = 0, gamma: float = 0.998) -> list[f
     return values
 
 
-def stored(state: dict[str, Any]) -> Any:
-    """What a checkpoint would give back."""
-    file = BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @lawful
 @given(
     st.integers(2, 5).flatmap(
@@ -40,7 +30,7 @@ def stored(state: dict[str, Any]) -> Any:
     )
 )
 def test_efficiency_lies_between_none_and_all(case: tuple[int, list[tuple[int, int, int]], int]) -> None:
-    classes, rows, teacher = case
+    _, rows, teacher = case
     values = efficiency(*torch.tensor(rows).T, teacher=teacher)
     assert all(0 <= value <= 1 for value in values)
     varied = len({row[teacher] for row in rows}) > 1

@@ -1,6 +1,7 @@
 """Small worlds and engines that several tests share."""
 
 from functools import partial
+from io import BytesIO
 from typing import Any
 
 import torch
@@ -80,3 +81,11 @@ def lively() -> Engine:
         replay=ReplayBuffer(200, seed=5),
         distillation=Distillation(scheme="mutual", gate="soft", rate_boost=2.0, temperature_boost=1.5),
     )
+
+
+def stored(state: dict[str, Any]) -> Any:
+    """Return what a checkpoint would give back."""
+    file = BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
