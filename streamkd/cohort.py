@@ -109,7 +109,7 @@ class Cohort:
         self.temperatures: list[float | None] = [None] * size
         self.alphas: dict[tuple[int, int], float] = {}
         self.betas: list[float] = [1.0] * size
-        self._softness = [1.0] * size  # temperatures, boosted after an alarm
+        self.softness = [1.0] * size  # temperatures, boosted after an alarm
 
     def __len__(self) -> int:
         return len(self.peers)
@@ -150,7 +150,7 @@ class Cohort:
             signals = self._signals(student, teacher, classes)
             value = rule.temperature(replace(signals, previous=self.temperatures[student]))
             self.temperatures[student] = value
-        self._softness = [(value or 1.0) * boost for value in self.temperatures]
+        self.softness = [(value or 1.0) * boost for value in self.temperatures]
 
     def learn(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Take one step with every peer.
@@ -222,7 +222,7 @@ class Cohort:
         taught = self._sources(leaf.detach(), lesson.x, seen=seen, weights=weights)[sources]
         sound = taught.isfinite().all(-1)  # a teacher that broke down teaches nothing
         taught = torch.where(sound[..., None], taught, 0.0)
-        temperature = torch.tensor([self._softness[student] for student in students]).to(leaf)[:, None]
+        temperature = torch.tensor([self.softness[student] for student in students]).to(leaf)[:, None]
         loss = self.distillation.loss(Output(leaf[students]), Output(taught), lesson.y, temperature)
         # A student of several teachers hears their mean (1 / (P - 1) in deep mutual learning).
         shares = torch.tensor([alpha / students.count(j) for (_, j), alpha in self.alphas.items()]).to(leaf)
@@ -260,7 +260,12 @@ class Cohort:
         if rule.scheme == "static" and index == teacher and self.updates >= rule.freeze_after:
             self.peers[index].optimizer.zero_grad(set_to_none=True)
             return 0.0
-        return self.peers[index].step(1 + (rule.rate_boost - 1) * self._alertness())
+        return self.peers[index].step(self.rate)
+
+    @property
+    def rate(self) -> float:
+        """The factor on every learning rate now: raised at an alarm, then fading to 1."""
+        return 1 + (self.distillation.rate_boost - 1) * self._alertness()
 
     def _restart_stuck(self, teacher: int) -> None:
         """Give a peer that stays non-finite the weights of the teacher in office, or of any peer that is well."""
@@ -296,7 +301,7 @@ class Cohort:
             "updates": self.updates,
             "drift_update": self.drift_update,
             "temperatures": list(self.temperatures),
-            "softness": list(self._softness),
+            "softness": list(self.softness),
             "alphas": [[source, student, alpha] for (source, student), alpha in self.alphas.items()],
             "betas": list(self.betas),
         }
@@ -309,5 +314,5 @@ class Cohort:
         self.observed, self.updates = state["observed"], state["updates"]
         self.drift_update = state["drift_update"]
         self.temperatures, self.betas = list(state["temperatures"]), list(state["betas"])
-        self._softness = list(state["softness"])
+        self.softness = list(state["softness"])
         self.alphas = {(source, student): alpha for source, student, alpha in state["alphas"]}

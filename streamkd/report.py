@@ -37,6 +37,7 @@ class PeerReport:
         weight: its share of the served answer, its average's included.
         loss: running prequential loss, in nats.
         accuracy: running prequential accuracy.
+        temperature: of its lessons now, raised at an alarm like the learning rate.
         hard, soft, total: parts of what its last updates minimised, the mean over the updates of the batch.
         divergence: from its teachers, in nats.
         gradient_norm: before clipping.
@@ -109,6 +110,7 @@ class Report:
         unlabelled: of them, without a label.
         trained: labelled records that were learned on this batch.
         classes: classes seen so far.
+        rate: factor on every learning rate, raised at an alarm and then fading to 1.
         position: where the feed stands after this batch.
         served: `[n, classes]`, probabilities, the answer that was given before any label of the batch was known.
         scored: the prequential score.
@@ -126,6 +128,7 @@ class Report:
     unlabelled: int
     trained: int
     classes: int
+    rate: float
     position: Mapping[str, Any]
     served: Tensor
     scored: Scored

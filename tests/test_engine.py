@@ -206,3 +206,18 @@ def test_a_peer_that_breaks_down_does_not_take_the_answer_with_it() -> None:
     assert reports[-1].peers["b"].skipped == 0
     assert reports[-1].peers["a"].restarts == 1
     assert all(bool(weight.isfinite().all()) for weight in made.cohort.peers[0].module.parameters())
+
+
+def test_what_is_done_about_a_drift_is_reported_and_fades() -> None:
+    made = engine(distillation=Distillation(rate_boost=3.0, temperature_boost=2.0, boost_half_life=4))
+    reports = [made.step(batch) for batch in batches()]
+    (index,) = [index for index, report in enumerate(reports) if report.drift][:1]
+    alarm, before = reports[index].drift[0], reports[index - 1]
+    assert (alarm.reaction["rate_boost"], alarm.reaction["memory_window"]) == (3.0, 256)
+    assert before.rate == pytest.approx(1)
+    rates = [report.rate for report in reports[index : index + 12]]
+    assert 1 < rates[-1] < 1.05
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == pytest.approx(1 + 2 * 0.5 ** (2 / 4))  # after the two updates of its own batch
+    assert reports[index].peers["b"].temperature > before.peers["b"].temperature
+    assert reports[index].replay.window < before.replay.window
