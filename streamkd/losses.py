@@ -15,7 +15,7 @@ from streamkd.batch import Output
 Loss = Callable[[Output, Output, Tensor, Tensor], Tensor]
 
 
-def kd(student: Output, teacher: Output, y: Tensor, temperature: Tensor) -> Tensor:  # noqa: ARG001
+def kd(student: Output, teacher: Output, y: Tensor, temperature: Tensor) -> Tensor:
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)), summed over classes (Hinton et al. 2015).
 
     T^2 keeps the gradient at the logits of the same size whatever the temperature. At T = 1 this is the loss of
@@ -27,13 +27,13 @@ def kd(student: Output, teacher: Output, y: Tensor, temperature: Tensor) -> Tens
     return functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1) * temperature[..., 0] ** 2
 
 
-def hard_pseudo_label(student: Output, teacher: Output, y: Tensor, temperature: Tensor) -> Tensor:  # noqa: ARG001
+def hard_pseudo_label(student: Output, teacher: Output, y: Tensor, temperature: Tensor) -> Tensor:
     """Cross entropy against the class that the teacher would answer; the temperature plays no part."""
     log_p = student.logits.log_softmax(-1)
     return -log_p.gather(-1, teacher.logits.argmax(-1, keepdim=True))[..., 0]
 
 
-def soft_label(student: Output, teacher: Output, y: Tensor, temperature: Tensor) -> Tensor:  # noqa: ARG001
+def soft_label(student: Output, teacher: Output, y: Tensor, temperature: Tensor) -> Tensor:
     """Cross entropy of the student against the teacher's softened answer, T^2 scaled.
 
     Differs from `kd` by the entropy of the teacher, which has no gradient: it is what the three-stage protocol of

@@ -73,8 +73,7 @@ class Columns:
         if self._unknown(cell):
             return math.nan
         try:
-            # Python would read 1_000 as a number, which nobody's data means.
-            value = float("_" if isinstance(cell, str) and "_" in cell else cell)  # type: ignore[arg-type]
+            value = _parsed(cell)
         except (ValueError, TypeError):
             raise RefusedError("not_a_number", f"column {name!r}: {_short(cell)} is not a number") from None
         except OverflowError:
@@ -140,6 +139,12 @@ def assign(
     if not columns.width:
         raise ConfigError(f"feed.path = {where!r}: no column is left to learn from; there are {_listed(present)}")
     return columns
+
+
+def _parsed(cell: object) -> float:
+    if isinstance(cell, str) and "_" in cell:
+        raise ValueError(cell)  # Python would read 1_000 as a number, which nobody's data means
+    return float(cell)  # type: ignore[arg-type]  # what is no number raises
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:
