@@ -86,7 +86,7 @@ def evaluate(configuration: Configuration, progress: Callable[[float, int], None
         tally, trace = Tally(configuration.max_classes), Trace()
         began = time.perf_counter()
         while (batch := running.feed.poll(configuration.batch)) is not None:
-            if not len(batch):
+            if not len(batch) and not batch.late:
                 continue
             report = running.step(batch)
             tally.update(report)

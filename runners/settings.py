@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from runners.feeds import KINDS, Feed, Refuse
+from runners.feeds.delayed import Delayed
 from runners.shipped import shipped
 from streamkd.config import make
 from streamkd.errors import ConfigError
@@ -71,8 +72,13 @@ class Configuration(EngineSettings):
         """
         if self.feed is None:
             raise ConfigError("feed.kind: missing; name the feed, e.g. [feed] kind = 'csv', path = 'data.csv'")
+        if self.labels.delay > self.labels.pending_capacity:
+            raise ConfigError(
+                f"labels.delay = {self.labels.delay}: more than the {self.labels.pending_capacity} predictions that "
+                "may wait; raise labels.pending_capacity"
+            )
         feed: Feed = make(self.feed, KINDS, "feed", kind=self.feed.kind, max_classes=self.max_classes, refuse=refuse)
-        return feed
+        return Delayed(feed, self.labels.delay) if self.labels.delay else feed
 
 
 def load(source: str, overrides: Sequence[str] = (), extra: Mapping[str, Any] | None = None) -> Configuration:

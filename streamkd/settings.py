@@ -133,6 +133,7 @@ class InputSettings(Settings):
 class LabelSettings(Settings):
     """Predictions that wait for their labels."""
 
+    delay: Annotated[int, Field(ge=0, description="records after which a label is revealed; 0: with its own")] = 0
     pending_capacity: Count = 10_000
 
 
