@@ -24,9 +24,10 @@ class Health:
     def __post_init__(self) -> None:
         self.last_progress = self.clock()
 
-    def progress(self) -> None:
-        """Say that the loop went round, with a batch or without one."""
+    def progress(self) -> float:
+        """Say that the loop went round, with a batch or without one; return when."""
         self.last_progress = self.clock()
+        return self.last_progress
 
     def alive(self) -> dict[str, bool]:
         """Return the checks of liveness: nothing outside this process."""

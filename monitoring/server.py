@@ -1,9 +1,10 @@
-"""/metrics, /healthz and /readyz on one port, on a thread beside the loop."""
+"""/metrics, /healthz, /readyz and /v1/status on one port, on a thread beside the loop."""
 
 import socket
 import threading
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -25,12 +26,21 @@ class Server:
         port: 0 picks a free one, which `port` then tells.
         registry: for /metrics.
         health: for /healthz and /readyz.
+        status: what /v1/status tells; plain values.
 
     Raises:
         ConfigError: the port is taken, or not for this user.
     """
 
-    def __init__(self, host: str, port: int, registry: CollectorRegistry, health: Health) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        registry: CollectorRegistry,
+        health: Health,
+        status: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        self._status_now = status
         self._registry = registry
         self._health = health
         self._socket = listen(host, port)
@@ -40,6 +50,7 @@ class Server:
             Route("/metrics", self._metrics),
             Route("/healthz", self._healthz),
             Route("/readyz", self._readyz),
+            Route("/v1/status", self._status),
         ]
         config = uvicorn.Config(Starlette(routes=routes), log_config=None, access_log=False, lifespan="off")
         self._server = uvicorn.Server(config)
@@ -64,6 +75,9 @@ class Server:
 
     async def _healthz(self, _: Request) -> JSONResponse:
         return _answer(self._health.alive(), self._health.state)
+
+    async def _status(self, _: Request) -> JSONResponse:
+        return JSONResponse(self._status_now())
 
     async def _readyz(self, _: Request) -> JSONResponse:
         return _answer(self._health.ready(), self._health.state)

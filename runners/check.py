@@ -37,7 +37,7 @@ def check(configuration: Configuration, console: Console) -> None:
         engine = build_engine(configuration, feed.shape)
         batch = feed.poll(FIRST_RECORDS)
         description = feed.describe()
-        running = session.Session(configuration, feed, engine, DeadLetters(configuration.dead_letters.path, "check"))
+        running = session.Session(configuration, feed, engine, DeadLetters(configuration.dead_letters, "check"))
         _try_process(running)
         if batch is not None:
             running.step(batch)

@@ -14,6 +14,7 @@ from monitoring.health import Health
 from monitoring.metrics import Metrics
 from monitoring.server import Server
 from runners.feeds import REASONS
+from runners.notify import notify
 from runners.saver import Saver
 from runners.session import Session
 from streamkd.engine import Engine
@@ -44,6 +45,8 @@ class Daemon:
         self._observers = observers
         self._stop = False
         self._last_line = 0
+        self._latest: Report | None = None
+        self._told = 0.0
         self.on_listening: Callable[[int], None] = lambda _: None
         engine, watch = running.engine, running.engine.drift
         self.health = Health(time.monotonic, self._settings.http.stalled_seconds)
@@ -63,7 +66,8 @@ class Daemon:
         http = self._settings.http
         with ExitStack() as stack:
             self._enter("starting")
-            server = stack.enter_context(Server(http.host, http.port, self.metrics.registry, self.health))
+            server = Server(http.host, http.port, self.metrics.registry, self.health, self.status)
+            stack.enter_context(server)
             self._log.info("listening", host=server.host, port=server.port)
             self.on_listening(server.port)
             stack.enter_context(_signals(self._on_signal))
@@ -73,8 +77,10 @@ class Daemon:
                     self._saver.restore()
                 self.health.restored = True
                 self._enter("running")
+                notify("READY=1")
                 self._loop()
                 self._enter("draining")
+                notify("STOPPING=1")
             except BaseException:
                 self._enter("failed")
                 raise
@@ -87,13 +93,23 @@ class Daemon:
             engine = self._session.engine
             self._log.info("stopped", records=engine.records, steps=engine.steps)
 
+    def status(self) -> dict[str, Any]:
+        """Return what /v1/status tells."""
+        report = self._latest
+        return {
+            "state": self.health.state,
+            "version": version("streamkd"),
+            "refused": dict(self._session.dead_letters.counts),
+            **({} if report is None else report.summary()),
+        }
+
     def _loop(self) -> None:
         feed, engine = self._session.feed, self._session.engine
         self._last_line = engine.records
         position: Mapping[str, Any] = {}
         while not self._stop:
             batch = feed.poll(self._settings.batch)
-            self.health.progress()
+            self._progress()
             self.metrics.observe_refused(self._session.dead_letters.counts)
             if batch is None:
                 self._log.info("feed ended", records=engine.records)
@@ -108,7 +124,15 @@ class Daemon:
                 self._saver.after(report.position)
         self._log.info("stopping", reason="signal")
 
+    def _progress(self) -> None:
+        """Say that the loop went round; systemd's watchdog need not hear it more than once a second."""
+        now = self.health.progress()
+        if now - self._told >= 1:
+            self._told = now
+            notify("WATCHDOG=1")
+
     def _observe(self, report: Report) -> None:
+        self._latest = report
         self.metrics.observe(report, now=time.time())
         self._tell(report)
         for observer in self._observers:

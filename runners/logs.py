@@ -2,8 +2,14 @@
 
 import logging
 import sys
+import time
+from collections.abc import MutableMapping
+from typing import Any
 
 import structlog
+
+QUIET_SECONDS = 10.0
+"""A warning or error is not repeated sooner; how many were kept back is told with the next one."""
 
 
 def configure(level: str) -> structlog.stdlib.BoundLogger:
@@ -12,6 +18,7 @@ def configure(level: str) -> structlog.stdlib.BoundLogger:
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
+            Once(),
             structlog.processors.TimeStamper(fmt="iso", utc=not for_people),
             structlog.processors.dict_tracebacks,
             structlog.dev.ConsoleRenderer() if for_people else structlog.processors.JSONRenderer(),
@@ -22,3 +29,23 @@ def configure(level: str) -> structlog.stdlib.BoundLogger:
     )
     log: structlog.stdlib.BoundLogger = structlog.get_logger()
     return log
+
+
+class Once:
+    """Lets a warning or error of one name through once in `QUIET_SECONDS`, with the number kept back since."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, float] = {}
+        self._suppressed: dict[str, int] = {}
+
+    def __call__(self, _logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """Return the event, or drop it."""
+        name, now = str(event.get("event")), time.monotonic()
+        if event.get("level") not in {"warning", "error"}:
+            return event
+        if now - self._last.get(name, float("-inf")) < QUIET_SECONDS:
+            self._suppressed[name] = self._suppressed.get(name, 0) + 1
+            raise structlog.DropEvent
+        self._last[name] = now
+        suppressed = self._suppressed.pop(name, 0)
+        return {**event, "suppressed": suppressed} if suppressed else event

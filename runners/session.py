@@ -34,6 +34,7 @@ class Session:
         Raises:
             TrainingError: whatever went wrong in it.
         """
+        self.dead_letters.accepted(len(batch))
         try:
             return self.engine.step(batch)
         except Exception as error:
@@ -57,7 +58,7 @@ def start(configuration: Configuration, clock: Callable[[], float] = time.perf_c
     """
     prepare_torch(configuration)
     kind = configuration.feed.kind if configuration.feed else ""
-    dead_letters = DeadLetters(configuration.dead_letters.path, kind)
+    dead_letters = DeadLetters(configuration.dead_letters, kind)
     feed = configuration.open_feed(dead_letters)
     try:
         engine = build_engine(configuration, feed.shape, clock=clock)

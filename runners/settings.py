@@ -39,6 +39,10 @@ class DeadLetterSettings(Settings):
     """Where records go that cannot be used."""
 
     path: Path = Path("dead-letters.jsonl")
+    max_bytes: Annotated[int, Field(ge=0, description="of a file before it is rotated; 0: never")] = 64 << 20
+    keep: Annotated[int, Field(ge=1, description="rotated files")] = 10
+    max_share: Annotated[float, Field(gt=0, le=1, description="of the latest records; more stop the process")] = 0.5
+    window: Annotated[int, Field(ge=1, description="how many are the latest records")] = 1_000
 
 
 class LogSettings(Settings):

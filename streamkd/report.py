@@ -1,7 +1,8 @@
 """What happened on one batch, frozen and complete: the only thing that the eyes ever see."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -144,3 +145,20 @@ class Report:
     joined: int
     expired: int
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """Return how things stand, in plain values, for people and their scripts."""
+        return {
+            "step": self.step,
+            "records": self.records,
+            "classes": self.classes,
+            "position": dict(self.position),
+            "teacher": self.teacher,
+            "peers": {
+                name: {key: value if isfinite(value) else None for key, value in asdict(peer).items()}
+                for name, peer in self.peers.items()
+            },
+            "alphas": [{"teacher": t, "student": s, "alpha": alpha} for (t, s), alpha in self.alphas.items()],
+            "replay": {"size": self.replay.size, "capacity": self.replay.capacity, "window": self.replay.window},
+            "pending": self.pending,
+        }

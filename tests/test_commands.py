@@ -313,7 +313,7 @@ def test_a_full_disk_does_not_stop_the_learning_and_is_told_at_the_end() -> None
     assert ended.returncode == 4
     *log, _, message = ended.stderr.splitlines()
     events = [json.loads(line)["event"] for line in log if line.startswith("{")]
-    assert events.count("checkpoint failed") >= 3
+    assert events.count("checkpoint failed") >= 1
     assert "feed ended" in events
     assert "the last save failed" in ended.stderr
     assert "Traceback" not in ended.stderr
