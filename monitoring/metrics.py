@@ -106,6 +106,8 @@ class Metrics:
 
         self.build = gauge("build_info", "Versions, as labels; always 1.", "version", "python", "torch")
         self.state = gauge("state", "1 for the state that the process is in.", "state")
+        self.reloaded = gauge("config_last_reload_successful", "1 if the configuration in force is the newest read.")
+        self.reloaded.set(1)
         self.feed_records = counter("feed_records_total", "Records received and decoded.", "feed")
         self.feed_connected = gauge("feed_connected", "1 while the feed can be read.", "feed")
         self.feed_received = gauge("feed_last_record_received_timestamp_seconds", "When the last record came.", "feed")

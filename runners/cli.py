@@ -64,7 +64,8 @@ def run(config: str, *, set_: Set = ()) -> None:
 
     configuration = load(config, set_)
     with closing(session.start(configuration)) as running:
-        Daemon(running, logs.configure(configuration.log.level)).run()
+        log = logs.configure(configuration.log.level)
+        Daemon(running, log, reload=lambda: load(config, set_)).run()
 
 
 @app.command

@@ -13,11 +13,14 @@ from structlog.stdlib import BoundLogger
 from monitoring.health import Health
 from monitoring.metrics import Metrics
 from monitoring.server import Server
+from runners import logs
 from runners.feeds import REASONS
 from runners.notify import notify
 from runners.saver import Saver
 from runners.session import Session
+from runners.settings import RELOADABLE, Configuration, changes
 from streamkd.engine import Engine
+from streamkd.errors import ConfigError, StreamkdError
 from streamkd.report import Report
 
 IDLE_SECONDS = 0.05
@@ -36,14 +39,23 @@ class Daemon:
         log: structlog's.
         observers: called with every report; one that fails is logged and never stops the work.
         resume: go on from the newest checkpoint, if there is one, and save new ones.
+        reload: reads the configuration again, on SIGHUP.
     """
 
-    def __init__(self, running: Session, log: BoundLogger, *observers: Observer, resume: bool = True) -> None:
+    def __init__(
+        self,
+        running: Session,
+        log: BoundLogger,
+        *observers: Observer,
+        resume: bool = True,
+        reload: Callable[[], Configuration] | None = None,
+    ) -> None:
         self._session = running
         self._settings = running.configuration
         self._log = log
         self._observers = observers
-        self._stop = False
+        self._reload = reload
+        self._stop = self._hung_up = False
         self._last_line = 0
         self._latest: Report | None = None
         self._told = 0.0
@@ -70,7 +82,9 @@ class Daemon:
             stack.enter_context(server)
             self._log.info("listening", host=server.host, port=server.port)
             self.on_listening(server.port)
-            stack.enter_context(_signals(self._on_signal))
+            stack.enter_context(_signals({signal.SIGTERM: self._ask_to_stop, signal.SIGINT: self._ask_to_stop}))
+            if self._reload is not None:
+                stack.enter_context(_signals({signal.SIGHUP: self._ask_to_reload}))
             try:
                 self._enter("restoring")
                 if self._saver:
@@ -110,6 +124,8 @@ class Daemon:
         while not self._stop:
             batch = feed.poll(self._settings.batch)
             self._progress()
+            if self._hung_up:
+                self._take_over()
             self.metrics.observe_refused(self._session.dead_letters.counts)
             if batch is None:
                 self._log.info("feed ended", records=engine.records)
@@ -164,10 +180,35 @@ class Daemon:
         self.health.state = state
         self.metrics.observe_state(state)
 
-    def _on_signal(self) -> None:
+    def _ask_to_stop(self) -> None:
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
+
+    def _ask_to_reload(self) -> None:
+        self._hung_up = True
+
+    def _take_over(self) -> None:
+        """Read the configuration again; take over all that changed, or nothing."""
+        self._hung_up = False
+        try:
+            found = self._reload() if self._reload is not None else self._settings
+            changed = changes(self._settings, found)
+            fixed = sorted(set(changed) - RELOADABLE)
+            if fixed:
+                raise ConfigError(f"{', '.join(fixed)}: cannot change while the process runs; start it again")
+        except StreamkdError as error:
+            self.metrics.reloaded.set(0)
+            self._log.error("reload refused", reason=str(error))
+            return
+        self._settings = found
+        self.health.stalled_seconds = found.http.stalled_seconds
+        self._session.dead_letters.settings = found.dead_letters
+        if self._saver:
+            self._saver.settings = found.checkpoint
+        self._log = logs.configure(found.log.level)
+        self.metrics.reloaded.set(1)
+        self._log.info("reloaded", changed={key: after for key, (_, after) in changed.items()})
 
 
 def teaching_pairs(engine: Engine) -> list[tuple[str, str]]:
@@ -178,13 +219,13 @@ def teaching_pairs(engine: Engine) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Let SIGTERM and SIGINT only ask to stop; put the old handlers back afterwards."""
+def _signals(asked: Mapping[signal.Signals, Callable[[], None]]) -> Iterator[None]:
+    """Let signals only leave word with the loop; put the old handlers back afterwards."""
 
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        stop()
+    def handle(number: int, _frame: FrameType | None) -> None:
+        asked[signal.Signals(number)]()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in asked}
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections import Counter, deque
+from contextlib import suppress
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -92,7 +93,8 @@ class DeadLetters:
 
     def close(self) -> None:
         """Close the file, if it was needed."""
-        self._file.close()
+        with suppress(OSError):  # told already, by `flush`
+            self._file.close()
 
     def _fail(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - the handler's
         """Remember why a record could not be written: a full disk must not stop the learning."""

@@ -59,18 +59,18 @@ class Saver:
 
     def __init__(self, running: Session, metrics: Metrics, log: BoundLogger) -> None:
         self._session = running
-        self._settings = running.configuration.checkpoint
+        self.settings = running.configuration.checkpoint
         self._metrics = metrics
         self._log = log
         self._failure = ""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[Saved] | None = None
-        self._next_records = self._settings.every_records
+        self._next_records = self.settings.every_records
         self._next_time = self._time_of_next()
         self._covered_steps = 0
         self.covered = 0
         self.position: Mapping[str, Any] = {}
-        probe(self._settings.directory)
+        probe(self.settings.directory)
 
     def restore(self) -> None:
         """Go on from the newest checkpoint that is whole; from the beginning, if there is none at all.
@@ -78,7 +78,7 @@ class Saver:
         Raises:
             CheckpointError: there are checkpoints and none is whole, or they are of other models.
         """
-        candidates = checkpoint.found(self._settings.directory)
+        candidates = checkpoint.found(self.settings.directory)
         for attempt, path in enumerate(candidates):
             try:
                 state, about = checkpoint.load(path)
@@ -91,7 +91,7 @@ class Saver:
             return
         if candidates:
             raise CheckpointError(
-                f"checkpoint.directory = {str(self._settings.directory)!r}: none of its {len(candidates)} checkpoints "
+                f"checkpoint.directory = {str(self.settings.directory)!r}: none of its {len(candidates)} checkpoints "
                 "is whole; restore one from a backup, or start afresh in an empty directory"
             )
 
@@ -101,7 +101,7 @@ class Saver:
         self.position = state["position"]
         self._session.feed.seek(self.position)
         self.covered, self._covered_steps = engine.records, engine.steps
-        self._next_records = engine.records + self._settings.every_records
+        self._next_records = engine.records + self.settings.every_records
         self._metrics.observe_restore(
             result,
             unsound={(p.name, "skipped"): p.skipped for p in engine.cohort.peers}
@@ -135,13 +135,13 @@ class Saver:
         self._thread.shutdown()
         if save and engine.steps > self._covered_steps:
             raise CheckpointError(
-                f"checkpoint.directory = {str(self._settings.directory)!r}: the last save failed ({self._failure}); "
+                f"checkpoint.directory = {str(self.settings.directory)!r}: the last save failed ({self._failure}); "
                 f"what was learned after record {self.covered:,} will be learned again by the next run"
             )
 
     def _stage(self) -> None:
         engine = self._session.engine
-        self._next_records = engine.records + self._settings.every_records
+        self._next_records = engine.records + self.settings.every_records
         self._next_time = self._time_of_next()
         self._session.dead_letters.flush()
         state = checkpoint.stage({"engine": engine.state_dict(), "position": dict(self.position)})
@@ -150,9 +150,9 @@ class Saver:
 
     def _write(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> Saved:
         began = time.perf_counter()
-        path = checkpoint.save(self._settings.directory, step, state, about)
+        path = checkpoint.save(self.settings.directory, step, state, about)
         size = sum(file.stat().st_size for file in path.iterdir())
-        checkpoint.prune(self._settings.directory, self._settings.keep)
+        checkpoint.prune(self.settings.directory, self.settings.keep)
         return Saved(path, step, about["records"], about["position"], size, time.perf_counter() - began)
 
     def _collect(self) -> None:
@@ -162,7 +162,7 @@ class Saver:
         except OSError as error:
             self._failure = str(error)
             self._metrics.observe_failed_save()
-            self._log.error("checkpoint failed", directory=str(self._settings.directory), reason=str(error))
+            self._log.error("checkpoint failed", directory=str(self.settings.directory), reason=str(error))
             return
         if saved is not None:
             self.covered, self._covered_steps = saved.records, saved.steps
@@ -172,7 +172,7 @@ class Saver:
             self._log.info("checkpoint", path=str(saved.path), records=saved.records, bytes=saved.size)
 
     def _time_of_next(self) -> float:
-        return time.monotonic() + (self._settings.every_seconds or float("inf"))
+        return time.monotonic() + (self.settings.every_seconds or float("inf"))
 
 
 def describe(running: Session, position: Mapping[str, Any]) -> dict[str, Any]:

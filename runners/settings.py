@@ -85,6 +85,33 @@ class Configuration(EngineSettings):
         return Delayed(feed, self.labels.delay) if self.labels.delay else feed
 
 
+RELOADABLE = frozenset(
+    {
+        "log.level",
+        "log.every_records",
+        "checkpoint.every_records",
+        "checkpoint.every_seconds",
+        "checkpoint.keep",
+        "http.stalled_seconds",
+        "dead_letters.max_share",
+    }
+)
+"""Settings that a running process takes over on SIGHUP."""
+
+
+def changes(before: Configuration, after: Configuration) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ: key -> (before, after)."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def load(source: str, overrides: Sequence[str] = (), extra: Mapping[str, Any] | None = None) -> Configuration:
     """Read a configuration.
 

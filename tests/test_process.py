@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from runners.dead_letters import DeadLetters
 from runners.feeds import DeadLetter
 from runners.notify import notify
 from runners.settings import DeadLetterSettings
+from runners.shipped import shipped
 from streamkd.errors import ConfigError
 
 
@@ -51,6 +53,30 @@ def test_systemd_hears_of_readiness_progress_and_the_end(monkeypatch: pytest.Mon
         while heard == b"WATCHDOG=1":
             heard = channel.recv(99)
         assert heard == b"STOPPING=1"
+
+
+@pytest.mark.slow
+def test_a_reload_takes_over_all_that_changed_or_nothing() -> None:
+    table(Path("d.csv"), 60_000)
+    file = Path("mine.toml")
+    default = shipped()["default"].replace("[feed]", '[log]\nlevel = "info"\n\n[feed]\npath = "d.csv"\nlabel = "y"', 1)
+    default = default.replace("port = 9464", "port = 0")
+    file.write_text(default, encoding="utf-8")
+    with started("run", "mine.toml") as daemon:
+        port = told(daemon, "listening")["port"]
+        while fetched(port, "/readyz")[0] != 200:
+            time.sleep(0.05)
+        file.write_text(default.replace("every_records = 10_000", "every_records = 500"), encoding="utf-8")
+        daemon.send_signal(signal.SIGHUP)
+        assert told(daemon, "reloaded")["changed"] == {"checkpoint.every_records": 500}
+        assert "streamkd_config_last_reload_successful 1.0" in fetched(port, "/metrics")[1]
+        both = default.replace("every_records = 10_000", "every_records = 700").replace("batch = 16", "batch = 8")
+        file.write_text(both, encoding="utf-8")
+        daemon.send_signal(signal.SIGHUP)
+        assert "batch: cannot change while the process runs" in told(daemon, "reload refused")["reason"]
+        assert "streamkd_config_last_reload_successful 0.0" in fetched(port, "/metrics")[1]
+        first = told(daemon, "checkpoint")["records"]
+        assert told(daemon, "checkpoint")["records"] - first < 700
 
 
 def test_outside_systemd_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +128,7 @@ def test_dead_letters_that_cannot_be_written_are_counted_and_told() -> None:
     letters.flush()
     assert letters.total == 1
     assert "No space left" in letters.failure
+    letters.close()
 
 
 def test_a_warning_is_not_repeated_at_once_and_tells_how_often_it_was_kept_back(
