@@ -41,7 +41,7 @@ class Tally:
     far (majority) are those of the batches before it.
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self) -> None:
         self.records = 0
         self.unlabelled = 0
         self.scored = 0
@@ -50,9 +50,8 @@ class Tally:
         self.swaps: list[dict[str, Any]] = []
         self.recent: dict[str, Recent] = {}
         self._log_loss: dict[str, float] = {}
-        self._classes = classes
         self._last = 0
-        self._frequencies = np.zeros(classes, dtype=np.int64)
+        self._frequencies = np.zeros(1, dtype=np.int64)
 
     def update(self, report: Report) -> None:
         """Take in one batch."""
@@ -80,12 +79,17 @@ class Tally:
         self._count(NO_CHANGE, y, np.full_like(y, self._last))
         self._count(MAJORITY, y, np.full_like(y, int(self._frequencies.argmax())))
         self._last = int(y[-1])
-        self._frequencies += np.bincount(y, minlength=self._classes)
+        more = np.bincount(y, minlength=len(self._frequencies))
+        more[: len(self._frequencies)] += self._frequencies
+        self._frequencies = more
 
     def _count(self, name: str, y: NDArray[np.int64], predicted: NDArray[np.int64]) -> None:
         if name not in self.confusion:
-            self.confusion[name] = np.zeros((self._classes, self._classes), dtype=np.int64)
+            self.confusion[name] = np.zeros((0, 0), dtype=np.int64)
             self.recent[name] = Recent()
+        wider = int(max(y.max(), predicted.max())) + 1 - len(self.confusion[name])
+        if wider > 0:  # tables are as large as the classes met, not as those that may come
+            self.confusion[name] = np.pad(self.confusion[name], (0, wider))
         np.add.at(self.confusion[name], (y, predicted), 1)
         self.recent[name].update(y == predicted)
 

@@ -38,7 +38,7 @@ def run(configuration: Configuration, console: Console, *, live: bool, file: Pat
 def _learn(running: session.Session, console: Console, *, live: bool, file: Path) -> None:
     configuration = running.configuration
     feed = cast("DriftingFeed", running.feed)
-    tally, trace = Tally(configuration.max_classes), Trace()
+    tally, trace = Tally(), Trace()
 
     def keep(report: Report) -> None:
         tally.update(report)

@@ -83,7 +83,7 @@ def evaluate(configuration: Configuration, progress: Callable[[float, int], None
     """
     running = session.start(configuration)
     try:
-        tally, trace = Tally(configuration.max_classes), Trace()
+        tally, trace = Tally(), Trace()
         began = time.perf_counter()
         while (batch := running.feed.poll(configuration.batch)) is not None:
             if not len(batch) and not batch.late:

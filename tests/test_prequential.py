@@ -10,7 +10,7 @@ from monitoring.trace import MOST_POINTS, Trace
 
 
 def test_the_measures_are_those_of_their_definitions() -> None:
-    made, tally, scored = engine(), Tally(4), []
+    made, tally, scored = engine(), Tally(), []
     for batch in batches():
         report = made.step(batch)
         tally.update(report)
@@ -33,7 +33,7 @@ def test_the_measures_are_those_of_their_definitions() -> None:
 
 
 def test_the_baselines_know_only_the_batches_before() -> None:
-    made, tally = engine(), Tally(4)
+    made, tally = engine(), Tally()
     labels = []
     for batch in batches(320):
         tally.update(made.step(batch))
@@ -62,7 +62,7 @@ def test_recent_accuracy_is_that_of_the_last_thousand(sizes: list[int], seed: in
 
 
 def test_a_trace_stays_small_and_in_order_however_long_the_stream() -> None:
-    made, tally, trace = engine(), Tally(4), Trace()
+    made, tally, trace = engine(), Tally(), Trace()
     report = made.step(batches()[0])
     for _ in range(30_000):
         tally.update(report)
