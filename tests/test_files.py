@@ -219,6 +219,8 @@ def test_a_broken_object_goes_to_the_dead_letters(tmp_path: Path, line: bytes, r
         (b"a,b,lable\n1,2,x\n", {"label": "label"}, ConfigError, ["did you mean 'lable'?"]),
         (b"a,y\n1,\n2,\n", {}, ConfigError, ["feed.label = 'y'", "none of the first 2 records has a label"]),
         (b"a,a,y\n1,2,x\n", {}, ConfigError, ["two columns are called 'a'"]),
+        (b"a;b;y\n1;2;x\n", {}, ConfigError, ["feed.label = 'y'", "feed.delimiter = ';'"]),
+        (b'{"a": 1, "y": 2}\n', {}, ConfigError, ["feed.kind = 'jsonl'"]),
         (b"y\nx\n", {}, ConfigError, ["no column is left", "'y'"]),
         (b"t,y\nfoo,x\nbar,x\n", {}, ConfigError, ["line 2", "'foo' is not a number", "feed.categorical"]),
         (GOOD, {"categorical": ("c",)}, ConfigError, ["feed.categorical = 'c'"]),

@@ -126,7 +126,7 @@ def assign(
         for name in names:
             if name not in present:
                 close = get_close_matches(name, present, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"there are {_listed(present)}"
+                hint = f"did you mean {close[0]!r}?" if close else f"there are {_listed(present)}{_suspicion(present)}"
                 raise ConfigError(f"feed.{key} = {name!r}: no such column in {where!r}; {hint}")
     left = [name for name in present if name != label and name not in ignore]
     columns = Columns(
@@ -139,6 +139,14 @@ def assign(
     if not columns.width:
         raise ConfigError(f"feed.path = {where!r}: no column is left to learn from; there are {_listed(present)}")
     return columns
+
+
+def _suspicion(present: Sequence[str]) -> str:
+    """Say what a header that was not split as meant looks like."""
+    if present and present[0].startswith("{"):
+        return "; that looks like JSON: set feed.kind = 'jsonl'"
+    apart = next((mark for mark in ";\t|" if len(present) == 1 and mark in present[0]), None)
+    return f"; set feed.delimiter = {apart!r}" if apart else ""
 
 
 def _parsed(cell: object) -> float:
