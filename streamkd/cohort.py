@@ -142,10 +142,12 @@ class Cohort:
         for source, student in self.pairs(teacher):
             # The served answer is as good as the teacher in office, for want of a measure of its own.
             signals = self._signals(student, teacher if source == 2 * len(self) else source % len(self), classes)
-            if not burning_in:
-                alpha = rule.alpha(replace(signals, previous=alphas.get((source, student))))
-                self.betas[student] = rule.beta(replace(signals, alpha=alpha, previous=betas[student]))
-            self.alphas[source, student] = 0.0 if burning_in else alpha
+            if burning_in:
+                self.alphas[source, student] = 0.0
+                continue
+            alpha = rule.alpha(replace(signals, previous=alphas.get((source, student))))
+            self.alphas[source, student] = alpha
+            self.betas[student] = rule.beta(replace(signals, alpha=alpha, previous=betas[student]))
         for student in range(len(self)):
             signals = self._signals(student, teacher, classes)
             value = rule.temperature(replace(signals, previous=self.temperatures[student]))

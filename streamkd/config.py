@@ -117,9 +117,7 @@ def _tried(call: Callable[[], Any], part: Part, key: str) -> Any:
     """Call what the user named; whatever it does wrong is a mistake in the configuration."""
     try:
         return call()
-    except ConfigError:
-        raise
-    except (KeyboardInterrupt, SystemExit):
+    except (ConfigError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of river's compiled detectors is no Exception
         reason = (str(error) or repr(error)).splitlines()[0]
@@ -272,7 +270,7 @@ def imported(name: str, key: str) -> Callable[..., Any]:
         raise ConfigError(f"{key} = {name!r}: cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ConfigError(f"{key} = {name!r}: is not a function or class")
-    return found  # type: ignore[no-any-return]
+    return cast("Callable[..., Any]", found)
 
 
 def public_functions(module: ModuleType) -> dict[str, Callable[..., Any]]:
