@@ -20,6 +20,7 @@ class Batch:
         ids: one name a record, or empty. Only a record with an id can be given its label later.
         late: id -> class index, for records of earlier batches that were waiting in `Pending`.
         position: where the feed stands after this batch; opaque to the engine.
+        raw: the records as they came, or empty; for the dead letters, should one turn out to be unusable.
     """
 
     x: Tensor
@@ -27,6 +28,7 @@ class Batch:
     ids: tuple[str, ...] = ()
     late: Mapping[str, int] = field(default_factory=dict)
     position: Mapping[str, Any] = field(default_factory=dict)
+    raw: tuple[bytes, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.x) != len(self.y) or (self.ids and len(self.ids) != len(self.x)):

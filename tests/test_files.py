@@ -1,5 +1,6 @@
 import gzip
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from runners.feeds import REASONS, DeadLetter
 from runners.feeds.files import FileFeed, text_file
 from streamkd import UNLABELLED, Batch
-from streamkd.errors import ConfigError, FeedError
+from streamkd.errors import CheckpointError, ConfigError, FeedError
 from streamkd.inputs import Standardiser
 
 GOOD = b"a,b,y\n1,2,x\n"
@@ -159,6 +160,56 @@ def test_a_file_that_is_not_what_it_was_is_refused(tmp_path: Path, after: bytes)
     other.close()
 
 
+def test_classes_may_be_given_in_their_order_and_others_are_refused(tmp_path: Path) -> None:
+    feed, refused = opened(tmp_path / "d.csv", GOOD + b"3,4,w\n5,6,z\n", classes=("z", "x", "y"))
+    assert [y for batch in drained(feed) for y in batch.y.tolist()] == [1, 0]
+    assert [(letter.reason, letter.raw) for letter in refused] == [("unknown_class", b"3,4,w\n")]
+
+
+@pytest.mark.parametrize(
+    ("given", "difference"),
+    [
+        (("z", "x"), "class 0: 'x' in the checkpoint, 'z' configured"),
+        (("x",), "class 1: 'z' in the checkpoint, 'absent' configured"),
+        (("x", "z", "new"), None),
+        ((), None),
+    ],
+)
+def test_a_class_map_that_is_not_the_checkpoints_is_refused(
+    tmp_path: Path, given: tuple[str, ...], difference: str | None
+) -> None:
+    content = GOOD + b"3,4,z\n"
+    feed, _ = opened(tmp_path / "d.csv", content)
+    position = drained(feed)[-1].position
+    again, _ = opened(tmp_path / "d.csv", content, classes=given)
+    if difference:
+        with pytest.raises(CheckpointError, match=re.escape(difference)):
+            again.seek(position)
+    else:
+        again.seek(position)
+        assert again.describe()["classes"] == list(given or ("x", "z"))
+    again.close()
+
+
+@pytest.mark.parametrize(("given", "told"), [(("x", "x"), "'x' is there twice"), (tuple("abcdef"), "max_classes = 5")])
+def test_classes_that_cannot_be_are_refused(tmp_path: Path, given: tuple[str, ...], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        opened(tmp_path / "d.csv", GOOD, classes=given)
+
+
+def test_another_label_column_is_not_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_bytes(b"a,b,y,t\n1,2,x,u\n3,4,z,v\n")
+    first = text_file(path, kind="csv", label="y", ignore=("t",), max_classes=5, refuse=lambda _: None)
+    other = text_file(path, kind="csv", label="t", ignore=("y",), max_classes=5, refuse=lambda _: None)
+    batch = first.poll(1)
+    assert batch is not None
+    with pytest.raises(CheckpointError, match=r"feed\.label = 't': it was 'y'"):
+        other.seek(batch.position)
+    first.close()
+    other.close()
+
+
 def test_images_may_be_written_as_rows_of_pixels(tmp_path: Path) -> None:
     content = b"a,b,c,d,y\n1,2,3,4,x\n"
     feed, _ = opened(tmp_path / "d.csv", content, shape=(1, 2, 2))
@@ -259,7 +310,7 @@ def test_columns_that_changed_since_the_checkpoint_are_refused_with_their_names(
     position = feed.position()
     feed.close()
     other, _ = opened(tmp_path / "b.csv", b"a,c,y\n1,2,x\n")
-    with pytest.raises(ConfigError, match=r"gone: \['b'\]; new: \['c'\]"):
+    with pytest.raises(CheckpointError, match=r"gone: \['b'\]; new: \['c'\]"):
         other.seek(position)
     other.close()
 

@@ -39,6 +39,8 @@ REASONS = (
     "not_finite",
     "no_label_column",
     "too_many_classes",
+    "unknown_class",
+    "non_finite_step",
     "too_long",
     "truncated",
 )

@@ -53,7 +53,7 @@ class DriftingFeed:
     def seek(self, position: Mapping[str, Any]) -> None:
         """Go on after the records that were given before `position`."""
         self._given = position["records"]
-        self._classes = ClassMap(CLASSES, position["classes"])
+        self._classes.restore(position["classes"])
         self._stream = islice(self._generate(), self._given, None)
 
     def progress(self) -> float:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from runners.feeds.classes import ClassMap
 from runners.feeds.decode import Columns, RefusedError, assign
 from runners.feeds.lines import Line, Lines, TruncatedError
 from streamkd.batch import UNLABELLED, Batch
-from streamkd.errors import ConfigError, FeedError
+from streamkd.errors import CheckpointError, ConfigError, FeedError
 
 LONGEST_RECORD = 100
 """A quoted cell may hold newlines; a record over more lines than this is a quote that was never closed."""
@@ -44,7 +45,7 @@ class FileFeed:
         columns: Columns,
         *,
         shape: tuple[int, ...],
-        max_classes: int,
+        classes: ClassMap,
         refuse: Refuse,
     ) -> None:
         self.name = "file"
@@ -53,7 +54,7 @@ class FileFeed:
         self._reader = reader
         self._columns = columns
         self._refuse = refuse
-        self._classes = ClassMap(max_classes)
+        self._classes = classes
         self._records = 0
         self._place = lines.place()
         self.shape: tuple[int, ...] = shape or (self._columns.width,)
@@ -80,9 +81,12 @@ class FileFeed:
             return None
         self._records += len(found)
         x = np.stack([record.features for record in found]) if found else np.empty((0, self._columns.width))
-        y = [UNLABELLED if record.label is None else record.label for record in found]
+        y = [record.label for record in found]
         return Batch(
-            torch.from_numpy(x).reshape(-1, *self.shape), torch.tensor(y, dtype=torch.int64), position=self.position()
+            torch.from_numpy(x).reshape(-1, *self.shape),
+            torch.tensor(y, dtype=torch.int64),
+            position=self.position(),
+            raw=tuple(record.raw for record in found),
         )
 
     def position(self) -> dict[str, Any]:
@@ -92,23 +96,34 @@ class FileFeed:
             **self._place,
             "records": self._records,
             "features": [*self._columns.numeric, *self._columns.categorical],
+            "label": self._columns.label,
             "classes": list(self._classes.labels),
         }
 
     def seek(self, position: Mapping[str, Any]) -> None:
-        """Go on where `position` was taken."""
-        features = [*self._columns.numeric, *self._columns.categorical]
+        """Go on where `position` was taken.
+
+        Raises:
+            CheckpointError: columns or classes are not those that were being learned.
+            FeedError: the file is not the one it was.
+        """
+        features, label = [*self._columns.numeric, *self._columns.categorical], self._columns.label
         if position["features"] != features:
             missing = [name for name in position["features"] if name not in features]
             new = [name for name in features if name not in position["features"]]
-            raise ConfigError(
+            raise CheckpointError(
                 f"feed.path = {str(self.path)!r}: its columns are not those of the checkpoint "
                 f"(gone: {missing or 'none'}; new: {new or 'none'}; order counts): start with an empty "
                 "checkpoint.directory, or name the new columns in feed.ignore"
             )
+        if position["label"] != label:
+            raise CheckpointError(
+                f"feed.label = {label!r}: it was {position['label']!r} when the checkpoint was made; give it back, "
+                "or start afresh with another checkpoint.directory"
+            )
+        self._classes.restore(position["classes"])
         self._lines.find(position)
         self._place = self._lines.place()
-        self._classes = ClassMap(self._classes.limit, position["classes"])
         self._records = position["records"]
 
     def progress(self) -> float:
@@ -135,7 +150,7 @@ class FileFeed:
     def _look(self) -> None:
         """Refuse a file of which nothing can be used, or in which no record has a label."""
         offset, number = self._lines.offset, self._lines.number
-        classes = ClassMap(self._classes.limit)
+        classes = deepcopy(self._classes)
         refused: list[DeadLetter] = []
         usable = 0
         while usable + len(refused) < FIRST_LOOK and (found := self._next(classes)) is not None:
@@ -143,7 +158,7 @@ class FileFeed:
                 refused.append(found)
                 continue
             usable += 1
-            if found.label is not None:
+            if found.label != UNLABELLED:
                 self._lines.seek(offset, number)
                 return
         path = f"feed.path = {str(self.path)!r}"
@@ -191,19 +206,17 @@ class FileFeed:
             raise RefusedError("encoding", f"not UTF-8: {error.reason} at byte {error.start}") from None
         cells = self._reader.cells(text)
         features, label = self._columns.features(cells), self._columns.label_of(cells)
-        index = None if label is None else classes.index(label)
-        if label is not None and index is None:
-            limit = classes.limit
-            raise RefusedError("too_many_classes", f"label {label!r} would be the {limit + 1}th; max_classes = {limit}")
-        return Record(features, index)
+        index = UNLABELLED if label is None else classes.index(label)
+        return Record(features, index, b"".join(line.raw for line in lines))
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Record:
-    """One record decoded: `features` `[width]` float64, and the class index of its label, None where not known."""
+    """One record decoded: `features` `[width]` float64, the class index of its label, and its bytes as they came."""
 
     features: np.ndarray
-    label: int | None
+    label: int
+    raw: bytes
 
 
 class Csv:
@@ -304,6 +317,7 @@ def text_file(
     missing: Names = ("",),
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ",",
     shape: tuple[Annotated[int, Field(ge=1)], ...] = (),
+    classes: Names = (),
     max_classes: int,
     refuse: Refuse,
 ) -> FileFeed:
@@ -319,6 +333,8 @@ def text_file(
         missing: cells that mean "not known"; such a feature is imputed by its running mean.
         delimiter: of CSV.
         shape: of one record, for images written as rows of pixels: [channels, height, width].
+        classes: all labels that there are, in the order of their indices; a record with another one is refused. Left
+            out, labels are numbered as they appear.
         max_classes: most labels there may be.
         refuse: takes the records that cannot be used.
 
@@ -343,6 +359,8 @@ def text_file(
             buckets=buckets,
             missing=missing,
         )
-        feed = FileFeed(path, lines, reader, columns, shape=shape, max_classes=max_classes, refuse=refuse)
+        feed = FileFeed(
+            path, lines, reader, columns, shape=shape, classes=ClassMap(max_classes, classes), refuse=refuse
+        )
         unless_it_fits.pop_all()
         return feed
