@@ -20,7 +20,8 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from monitoring.health import STATES
-from streamkd.report import SERVED, Report
+from streamkd.peer import Peer
+from streamkd.report import SERVED, PeerReport, Report
 
 PHASES = ("predict", "score", "adapt", "recall", "learn", "remember")
 SWAP_REASONS = ("drift", "periodic")
@@ -66,7 +67,7 @@ class Metrics:
         parts = ("hard", "soft", "total")
         self._loss = {(p, c): self.loss.labels(peer=p, component=c) for p in peers for c in parts}
         self._norm = {name: self.gradient_norm.labels(peer=name) for name in peers}
-        actions = ("skipped", "restarted")
+        actions = ("skipped", "rolled_back", "restarted")
         self._nonfinite = {(p, a): self.nonfinite.labels(peer=p, action=a) for p in peers for a in actions}
         self._temperature = {name: self.temperature.labels(peer=name) for name in peers}
         self._alpha = {pair: self.alpha.labels(teacher=pair[0], student=pair[1]) for pair in sources}
@@ -171,7 +172,7 @@ class Metrics:
         for phase, seconds in report.seconds.items():
             self._phase[phase].observe(seconds)
         for name in report.scored.predicted:
-            self._evaluated[name].inc(report.trained)
+            self._evaluated[name].inc(len(report.scored.y))
             self._correct[name].inc(report.scored.correct(name))
         self._observe_peers(report)
         if report.drift:
@@ -194,7 +195,7 @@ class Metrics:
             self._transfer[name].set(peer.transfer_efficiency)
             self._capacity[name].set(peer.capacity_ratio)
             self._teacher[name].set(name == report.teacher)
-            for action, count in (("skipped", peer.skipped), ("restarted", peer.restarts)):
+            for action, count in unsound(peer).items():
                 self._nonfinite[name, action].inc(count - self._unsound.get((name, action), 0))
                 self._unsound[name, action] = count
             if report.trained:
@@ -237,6 +238,11 @@ class Metrics:
         """
         self._restores[result].inc()
         self._unsound, self._joined, self._expired = dict(unsound), joined, expired
+
+
+def unsound(peer: PeerReport | Peer) -> dict[str, int]:
+    """Return how often a peer had no finite gradient and what was done about it, so far."""
+    return {"skipped": peer.skipped, "rolled_back": peer.rollbacks, "restarted": peer.restarts}
 
 
 def _observe(summary: Summary, value: float) -> None:

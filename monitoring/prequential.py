@@ -62,7 +62,7 @@ class Tally:
             swap = report.swap
             self.swaps.append(
                 {
-                    "record": self.scored + report.trained,
+                    "record": self.scored + len(report.scored.y),
                     "before": swap.before,
                     "after": swap.after,
                     "reason": swap.reason,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from structlog.stdlib import BoundLogger
 
-from monitoring.metrics import Metrics
+from monitoring.metrics import Metrics, unsound
 from runners import session
 from runners.session import Session
 from runners.settings import Configuration
@@ -104,8 +104,9 @@ class Saver:
         self._next_records = engine.records + self.settings.every_records
         self._metrics.observe_restore(
             result,
-            unsound={(p.name, "skipped"): p.skipped for p in engine.cohort.peers}
-            | {(p.name, "restarted"): p.restarts for p in engine.cohort.peers},
+            unsound={
+                (peer.name, action): count for peer in engine.cohort.peers for action, count in unsound(peer).items()
+            },
             joined=engine.pending.joined,
             expired=engine.pending.expired,
         )

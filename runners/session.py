@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from runners.dead_letters import DeadLetters
-from runners.feeds import Feed
+from runners.feeds import DeadLetter, Feed
 from runners.settings import Configuration
 from streamkd.batch import Batch
 from streamkd.config import build_engine
 from streamkd.engine import Engine
 from streamkd.errors import TrainingError
-from streamkd.report import Report
+from streamkd.report import Fault, Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,25 +29,38 @@ class Session:
     dead_letters: DeadLetters
 
     def step(self, batch: Batch) -> Report:
-        """Take one step of the engine.
+        """Take one step of the engine; records that break the peers go to the dead letters.
 
         Raises:
             TrainingError: whatever went wrong in it.
+            ConfigError: too large a share of the latest records was refused.
         """
         self.dead_letters.accepted(len(batch))
         try:
-            return self.engine.step(batch)
+            report = self.engine.step(batch)
         except Exception as error:
             reason = (str(error) or repr(error)).splitlines()[0]
             raise TrainingError(
                 f"step {self.engine.steps} on {len(batch)} records: {type(error).__name__}: {reason}; "
                 "a model, loss or schedule of your own may be at fault; streamkd check tries them"
             ) from error
+        for fault in report.faults:
+            self.dead_letters(_letter(fault, batch))
+        return report
 
     def close(self) -> None:
         """Let go of the feed and the dead letters."""
         self.feed.close()
         self.dead_letters.close()
+
+
+def _letter(fault: Fault, batch: Batch) -> DeadLetter:
+    known = fault.row is not None and bool(batch.raw)
+    # The bytes of a record that waited for its label are gone.
+    raw = batch.raw[fault.row or 0] if known else json.dumps({"x": fault.x.tolist(), "class": fault.y}).encode()
+    return DeadLetter(
+        "non_finite_step", "an update on this record alone is not finite", raw, {"batch_position": dict(batch.position)}
+    )
 
 
 def start(configuration: Configuration, clock: Callable[[], float] = time.perf_counter) -> Session:

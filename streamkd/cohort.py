@@ -1,7 +1,9 @@
 """The peers together: what they answer, who teaches whom, and one simultaneous update of them all."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from streamkd.report import SERVED
 from streamkd.schedules import Schedule, Signals, competence, constant, loss_driven
 
 STUCK = 8
-"""Updates in a row without a finite gradient after which a peer is restarted."""
+"""Updates in a row without a finite gradient after which a peer is rolled back, or restarted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +64,27 @@ class Lesson:
     y: Tensor
     weights: Tensor
 
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def rows(self, rows: Sequence[int]) -> "Lesson":
+        """Return the chosen examples."""
+        index = torch.tensor(rows, device=self.y.device)
+        return Lesson(self.x[index], self.y[index], self.weights[index])
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Learned:
     """What one update did.
 
     Attributes:
-        losses: `[m]`, hard loss of each example, the mean over peers, before the step.
+        losses: `[m]`, hard loss of each example, the mean over peers, before the step; NaN for one at fault.
         hard, soft, total: `[peers]`, mean hard loss, weighted distillation, and the sum that was minimised, as it
             is before distillation is capped.
         divergence: `[peers]`, mean distillation loss from the teachers, unweighted.
         norms: `[peers]`, norm of the gradient before clipping.
         agreed, compared: pairs of peers that gave the same answer to a record, and pairs compared.
+        faulty: rows of examples that were left out, because an update on one of them alone is not finite.
     """
 
     losses: Tensor
@@ -84,6 +95,12 @@ class Learned:
     norms: Tensor
     agreed: int
     compared: int
+    faulty: tuple[int, ...] = ()
+
+    @property
+    def finite(self) -> bool:
+        """Whether every peer has a gradient to step along."""
+        return bool(self.norms.isfinite().all())
 
 
 class Cohort:
@@ -163,6 +180,18 @@ class Cohort:
             seen: `[classes]` bool, classes met so far; the others are ruled out.
             weights: `[2 * peers]`, of the members in the served answer, for the `ensemble` scheme.
         """
+        backward = partial(self._backward, teacher=teacher, seen=seen, weights=weights)
+        learned = backward(lesson)
+        if not learned.finite:
+            learned = self._without_faulty(lesson, learned, backward)
+        if len(learned.faulty) < len(lesson):
+            self._step(learned.norms.tolist(), teacher)
+        self._mend(teacher)
+        self.updates += 1
+        return learned
+
+    def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
+        """Bring every peer its gradient, clipped; take no step yet."""
         logits = mask_unseen(torch.stack([peer.learn(lesson.x).logits for peer in self.peers]), seen)
         leaf = logits.detach().requires_grad_()
         hard = cross_entropy(leaf, lesson.y)  # [peers, m]
@@ -178,9 +207,9 @@ class Cohort:
             share = room.clamp(max=1.0) if self.distillation.cap else torch.ones_like(room)
             gradient = gradient + soft_gradient * share[..., None]
         logits.backward(gradient * lesson.weights[:, None])  # type: ignore[no-untyped-call]
-        norms = torch.tensor([self._step(index, teacher) for index in range(len(self))])
-        self._restart_stuck(teacher)
-        self.updates += 1
+        norms = torch.tensor(
+            [0.0 if self._frozen(index, teacher) else peer.clip_gradient() for index, peer in enumerate(self.peers)]
+        )
         answers = leaf.detach().argmax(-1)
         return Learned(
             losses=hard.nanmean(0),
@@ -192,6 +221,47 @@ class Cohort:
             agreed=int(sum((answers[i] == answers[:i]).sum() for i in range(1, len(self)))),
             compared=answers.shape[1] * len(self) * (len(self) - 1) // 2,
         )
+
+    def _without_faulty(self, lesson: Lesson, learned: Learned, backward: Callable[[Lesson], Learned]) -> Learned:
+        """Leave out the examples that are at fault, and bring the gradient of the others."""
+        faulty = self._at_fault(lesson, learned.norms, backward)
+        self._discard()
+        if faulty:
+            for peer, norm in zip(self.peers, learned.norms.tolist(), strict=True):
+                peer.skipped += not math.isfinite(norm)
+        kept = [row for row in range(len(lesson)) if row not in faulty]
+        losses = torch.full_like(learned.losses, torch.nan)
+        if kept:
+            learned = backward(lesson.rows(kept))
+            losses[kept] = learned.losses
+        return replace(learned, losses=losses, faulty=tuple(faulty))
+
+    def _at_fault(self, lesson: Lesson, norms: Tensor, backward: Callable[[Lesson], Learned]) -> list[int]:
+        """Find, by bisection, the examples on which alone an update is not finite; none, where peers are at fault.
+
+        A peer that breaks down on an example of zeros, around which all inputs are scaled, has itself to blame.
+        """
+
+        def broken(part: Lesson) -> Tensor:
+            self._discard()
+            return ~backward(part).norms.isfinite()
+
+        neutral = Lesson(torch.zeros_like(lesson.x[:1]), lesson.y[:1], torch.ones_like(lesson.weights[:1]))
+        judges = ~norms.isfinite() & ~broken(neutral.rows([0, 0]))
+
+        def search(rows: list[int]) -> list[int]:
+            part = lesson.rows(rows if len(rows) > 1 else rows * 2)  # batch norm needs two
+            if not bool((broken(part) & judges).any()):
+                return []
+            half = len(rows) // 2
+            return rows if len(rows) == 1 else search(rows[:half]) + search(rows[half:])
+
+        return search(list(range(len(lesson)))) if bool(judges.any()) else []
+
+    def _discard(self) -> None:
+        """Throw away all gradients."""
+        for peer in self.peers:
+            peer.discard()
 
     def pairs(self, teacher: int) -> list[tuple[int, int]]:
         """Return who teaches whom, as (source, student).
@@ -257,22 +327,28 @@ class Cohort:
             case _:
                 return torch.ones_like(student)
 
-    def _step(self, index: int, teacher: int) -> float:
+    def _frozen(self, index: int, teacher: int) -> bool:
         rule = self.distillation
-        if rule.scheme == "static" and index == teacher and self.updates >= rule.freeze_after:
-            self.peers[index].optimizer.zero_grad(set_to_none=True)
-            return 0.0
-        return self.peers[index].step(self.rate)
+        return rule.scheme == "static" and index == teacher and self.updates >= rule.freeze_after
+
+    def _step(self, norms: Sequence[float], teacher: int) -> None:
+        for index, (peer, norm) in enumerate(zip(self.peers, norms, strict=True)):
+            if self._frozen(index, teacher):
+                peer.discard()
+            else:
+                peer.step(norm, self.rate)
 
     @property
     def rate(self) -> float:
         """The factor on every learning rate now: raised at an alarm, then fading to 1."""
         return 1 + (self.distillation.rate_boost - 1) * self._alertness()
 
-    def _restart_stuck(self, teacher: int) -> None:
-        """Give a peer that stays non-finite the weights of the teacher in office, or of any peer that is well."""
+    def _mend(self, teacher: int) -> None:
+        """Roll a peer that stays non-finite back; if that was no help, give it the weights of one that is well."""
         for peer in self.peers:
-            if peer.stuck >= STUCK:
+            if peer.stuck >= STUCK and peer.good:
+                peer.roll_back()
+            elif peer.stuck >= STUCK:
                 healthy = [self.peers[teacher], *self.peers]
                 peer.restart(next((other for other in healthy if not other.stuck), peer))
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamkd.batch import UNLABELLED, Batch
+from streamkd.batch import UNLABELLED, Batch, labelled
 from streamkd.cohort import Cohort, Distillation, Learned, Lesson
 from streamkd.drift import DriftWatch, adwin
 from streamkd.inputs import Raw, Standardiser
@@ -14,7 +14,7 @@ from streamkd.labels import Answers, Pending
 from streamkd.logits import mask_unseen
 from streamkd.peer import Peer
 from streamkd.replay import Memories, Recall, ReplayBuffer
-from streamkd.report import SERVED, DriftReport, PeerReport, ReplayReport, Report, Scored, SwapReport
+from streamkd.report import SERVED, DriftReport, Fault, PeerReport, ReplayReport, Report, Scored, SwapReport
 from streamkd.roles import Election, Swap
 from streamkd.served import FLOOR, Served
 from streamkd.transfer import TransferEfficiency
@@ -95,11 +95,20 @@ class Engine:
         self._note("adapt")
         memories = self._recall(answers)
         self._note("recall")
-        learned = self._learn(answers, memories)
+        learned, faulty = self._learn(answers, memories)
         self._note("learn")
-        self._remember(answers, memories, learned)
+        self._remember(answers.rows(~faulty) if bool(faulty.any()) else answers, memories, learned)
         self._note("remember")
-        return self._report(batch, said, scored=scored, drifts=drifts, swap=swap, memories=memories, learned=learned)
+        return self._report(
+            batch,
+            said,
+            scored=scored,
+            drifts=drifts,
+            swap=swap,
+            memories=memories,
+            learned=learned,
+            faults=_faults(batch, answers, faulty),
+        )
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
@@ -195,35 +204,45 @@ class Engine:
         drawn = self.replay.sample(self.recall.updates * self.recall.records, self._window())
         return drawn.split(self.recall.updates)
 
-    def _learn(self, answers: Answers, memories: list[Memories]) -> list[Learned]:
-        """One optimizer step a peer for each draw of memories, the labelled records in every one of them."""
+    def _learn(self, answers: Answers, memories: list[Memories]) -> tuple[list[Learned], Tensor]:
+        """One optimizer step a peer for each draw of memories, the labelled records in every one of them.
+
+        Returns:
+            What each update did, and `[n]` bool, the records left out because an update on one alone is not finite.
+        """
         classes = int(self.seen.sum())
         if len(answers):
             self.cohort.schedule(self.roles.teacher, classes)
         x = self.inputs(answers.x)
-        weights = torch.full((len(answers),), 1 / max(1, len(answers)), device=self.device)
+        faulty = torch.zeros(len(answers), dtype=torch.bool, device=x.device)
         learned = []
         for drawn in memories:
+            new = (~faulty).nonzero()[:, 0]
             recalled = self.inputs(drawn.x.to(self.device, x.dtype)) if len(drawn) else x[:0]
             lesson = Lesson(
-                torch.cat([x, recalled]),
-                torch.cat([answers.y, drawn.y.to(self.device)]),
-                torch.cat([weights, (drawn.weights / max(1, len(drawn))).to(self.device)]),
+                torch.cat([x[new], recalled]),
+                torch.cat([answers.y[new], drawn.y.to(self.device)]),
+                torch.cat([self._shares(len(new)), (drawn.weights / max(1, len(drawn))).to(self.device)]),
             )
-            learned.append(
-                self.cohort.learn(
-                    lesson,
-                    teacher=self.roles.teacher,
-                    seen=self.seen.to(self.device),
-                    weights=self.served.weights,
-                )
+            result = self.cohort.learn(
+                lesson,
+                teacher=self.roles.teacher,
+                seen=self.seen.to(self.device),
+                weights=self.served.weights,
             )
-        return learned
+            faulty[new[[row for row in result.faulty if row < len(new)]]] = True
+            learned.append(result)
+        return learned, faulty
+
+    def _shares(self, records: int) -> Tensor:
+        return torch.full((records,), 1 / max(1, records), device=self.device)
 
     def _remember(self, answers: Answers, memories: list[Memories], learned: list[Learned]) -> None:
         """Refresh the priorities of what was recalled, then remember what was learned."""
         for drawn, result in zip(memories, learned, strict=True):
-            self.replay.update(drawn.slots, result.losses[len(answers) :].cpu())
+            new = len(result.losses) - len(drawn)
+            self.replay.update(drawn.slots, result.losses[new:].cpu())
+            self.replay.bar(drawn.slots[[row - new for row in result.faulty if row >= new]])
         self.replay.add(answers.x.cpu(), answers.y.cpu())
 
     def _note(self, stage: str) -> None:
@@ -241,6 +260,7 @@ class Engine:
         swap: Swap | None,
         memories: list[Memories],
         learned: list[Learned],
+        faults: tuple[Fault, ...],
     ) -> Report:
         cohort, names = self.cohort, self.cohort.names
         return Report(
@@ -249,7 +269,8 @@ class Engine:
             records=self.records,
             size=len(batch),
             unlabelled=int((batch.y < 0).sum()),
-            trained=len(scored.y),
+            trained=len(scored.y) - len(faults),
+            faults=faults,
             classes=int(self.seen.sum()),
             rate=cohort.rate,
             position=batch.position,
@@ -296,6 +317,7 @@ class Engine:
                 divergence=divergence,
                 gradient_norm=norm,
                 skipped=peer.skipped,
+                rollbacks=peer.rollbacks,
                 restarts=peer.restarts,
                 capacity_ratio=peer.capacity / capacity,
                 transfer_efficiency=transferred[i],
@@ -336,6 +358,16 @@ class Engine:
         self.seen = state["seen"]
         self.steps, self.records, self.scored = state["steps"], state["records"], state["scored"]
         torch.set_rng_state(state["chance"])
+
+
+def _faults(batch: Batch, answers: Answers, faulty: Tensor) -> tuple[Fault, ...]:
+    """Tell which records no update could be made on; those that waited for their labels come first in `answers`."""
+    own = labelled(batch.y).nonzero()[:, 0].tolist()
+    waited = len(answers) - len(own)
+    return tuple(
+        Fault(own[row - waited] if row >= waited else None, answers.x[row], int(answers.y[row]))
+        for row in faulty.nonzero()[:, 0].tolist()
+    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

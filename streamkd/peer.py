@@ -1,6 +1,7 @@
 """One model, its optimizer, and the running average of its weights."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from streamkd.batch import Output
+
+KEEP_EVERY = 128
+"""Steps between two copies of the weights, to which a peer can be rolled back."""
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -41,18 +45,21 @@ class Peer:
         self.name = name
         self.clip = clip
         self.skipped = 0
-        self.stuck = 0  # steps skipped one after the other
+        self.stuck = 0  # steps skipped one after the other, through no fault of the records
+        self.rollbacks = 0
         self.restarts = 0
         self._build, self._make_optimizer, self._horizon, self._seed = build, optimizer, horizon, seed
         self._device = torch.device("cpu")
-        self._start(None)
+        self._start({})
         self.capacity = max(1, sum(p.numel() for p in self._parameters))
 
-    def _start(self, weights: dict[str, Any] | None) -> None:
+    def _start(self, weights: Mapping[str, Tensor]) -> None:
+        self.stuck = self.taken = 0
+        self.good: dict[str, Tensor] = {}
         with torch.random.fork_rng():
             torch.manual_seed(self._seed + self.restarts * 1_000_003)
             self.module = self._build().to(self._device)
-        if weights is not None and _fits(weights, self.module.state_dict()):
+        if _alike(weights, self.module.state_dict()) and _sound(weights):
             self.module.load_state_dict(weights)
         self._parameters = list(self.module.parameters())
         self.optimizer = self._make_optimizer(self._parameters)
@@ -68,13 +75,17 @@ class Peer:
         self.average.to(device)
         return self
 
+    def roll_back(self) -> None:
+        """Go back to the weights that were kept last, `good`; optimizer and average begin anew."""
+        self.rollbacks += 1
+        self._start(self.good)
+
     def restart(self, source: "Peer") -> None:
         """Begin anew: with the weights of `source` where it is of the same shape and sound, from a fresh start if not.
 
         Optimizer and average begin anew too.
         """
         self.restarts += 1
-        self.stuck = 0
         self._start(source.module.state_dict())
 
     def learn(self, x: Tensor) -> Output:
@@ -93,26 +104,43 @@ class Peer:
         """Answer `x` with the averaged weights."""
         return as_output(self.average(x))
 
-    def step(self, rate: float = 1.0) -> float:
-        """Take one optimizer step with the gradients at hand; return their norm before clipping.
+    def clip_gradient(self) -> float:
+        """Shorten the gradient at hand to `clip`; return its norm before, infinity where the buffers broke down."""
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, self.clip))
+        broken = any(bool((before.isfinite() & ~now.isfinite()).any()) for before, now in self._buffers())
+        return math.inf if broken else norm
 
-        A gradient that is not finite is never stepped on: it is counted in `skipped` and thrown away.
+    def step(self, norm: float, rate: float = 1.0) -> None:
+        """Take one optimizer step with the gradient at hand; or none, if it is not finite, and count that.
 
         Args:
+            norm: what `clip_gradient` returned.
             rate: factor on every learning rate, for this step.
         """
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, self.clip))
-        if norm < float("inf"):  # false for NaN as well
-            for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = base * rate
-            self.optimizer.step()
-            self.average.update_parameters(self.module)
-            self.stuck = 0
-        else:
+        if not math.isfinite(norm):
+            self.discard()
             self.skipped += 1
             self.stuck += 1
+            return
+        for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = base * rate
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        self.average.update_parameters(self.module)
+        self.stuck = 0
+        self.taken += 1
+        if self.taken % KEEP_EVERY == 0 and _sound(weights := self.module.state_dict()):
+            self.good = {name: weight.clone() for name, weight in weights.items()}
+
+    def discard(self) -> None:
+        """Throw away the gradient at hand, and what the way to it did to the buffers (batch norm's statistics)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for before, now in self._buffers():
+            now.copy_(before)
+
+    def _buffers(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Buffers as they were after the last step, of which the average has copies, and as they are."""
+        return zip(self.average.module.buffers(), self.module.buffers(), strict=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, average, optimizer and counters."""
@@ -122,7 +150,10 @@ class Peer:
             "optimizer": self.optimizer.state_dict(),
             "skipped": self.skipped,
             "stuck": self.stuck,
+            "rollbacks": self.rollbacks,
             "restarts": self.restarts,
+            "taken": self.taken,
+            "good": self.good,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -132,7 +163,9 @@ class Peer:
         # What the optimizer has gathered goes on; its options are those that it was made with.
         options = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": options})
-        self.skipped, self.stuck, self.restarts = state["skipped"], state["stuck"], state["restarts"]
+        self.skipped, self.stuck = state["skipped"], state["stuck"]
+        self.rollbacks, self.restarts = state["rollbacks"], state["restarts"]
+        self.taken, self.good = state["taken"], state["good"]
 
 
 def _switch(module: nn.Module, *, training: bool) -> None:
@@ -160,6 +193,9 @@ def as_output(said: Any) -> Output:
     return Output(said)
 
 
-def _fits(theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
-    alike = {name: w.shape for name, w in theirs.items()} == {name: w.shape for name, w in ours.items()}
-    return alike and all(bool(weight.isfinite().all()) for weight in theirs.values())
+def _alike(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> bool:
+    return {name: w.shape for name, w in theirs.items()} == {name: w.shape for name, w in ours.items()}
+
+
+def _sound(weights: Mapping[str, Tensor]) -> bool:
+    return all(bool(weight.isfinite().all()) for weight in weights.values())

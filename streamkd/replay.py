@@ -138,11 +138,11 @@ class ReplayBuffer:
         if not self.size or self._x is None or n == 0:
             none = torch.zeros(0, dtype=torch.int64)
             return Memories(none, torch.zeros(0), none, torch.zeros(0), none)
-        mass = self.priorities[: self.size] ** self.alpha
+        mass = torch.where(self.priorities[: self.size] > 0, self.priorities[: self.size] ** self.alpha, 0.0)
         if window is not None and window < self.size:
             mass = mass * (self.births[: self.size] >= self.added - window)
-            if not bool(mass.any()):  # a reservoir may hold nothing so young
-                return self.sample(0)
+        if not bool(mass.any()):  # a reservoir may hold nothing so young
+            return self.sample(0)
         slots = torch.multinomial(mass, n, replacement=True, generator=self.generator)
         weights = mass[slots] ** -self.beta  # N and the sum of the masses cancel in the next line
         ages = self.added - self.births[slots]
@@ -157,6 +157,10 @@ class ReplayBuffer:
         above = float((raw > self.ceiling).float().mean())
         self.ceiling = max(self.ceiling + float(raw.mean()) * 0.5 * (above - (1 - self.cap)), 1e-3)
         self.priorities[slots] = raw.clamp(max=self.ceiling)
+
+    def bar(self, slots: Tensor) -> None:
+        """Never draw these records again: they break the peers."""
+        self.priorities[slots] = 0.0
 
     def forget_schedule(self) -> None:
         """Start the annealing of the importance weights again: the world has changed."""

@@ -43,7 +43,8 @@ class PeerReport:
         divergence: from its teachers, in nats.
         gradient_norm: before clipping.
         skipped: steps not taken for want of a finite gradient, since the start.
-        restarts: how often it was restarted because it stayed non-finite.
+        rollbacks, restarts: how often it was put back to its last good weights because it stayed non-finite, and how
+            often it was restarted because that was no help.
         capacity_ratio: its trainable parameters over its teacher's.
         transfer_efficiency: mutual information of teacher's and student's answers over the teacher's entropy.
     """
@@ -58,6 +59,7 @@ class PeerReport:
     divergence: float
     gradient_norm: float
     skipped: int
+    rollbacks: int
     restarts: int
     capacity_ratio: float
     transfer_efficiency: float
@@ -100,6 +102,21 @@ class ReplayReport:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class Fault:
+    """A record that cannot be learned: an update on it alone is not finite.
+
+    Attributes:
+        row: in the batch; None for a record of an earlier batch, whose label came with this one.
+        x: `[...]`, its raw inputs.
+        y: its class index.
+    """
+
+    row: int | None
+    x: Tensor
+    y: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Report:
     """One batch through the engine.
 
@@ -110,6 +127,7 @@ class Report:
         size: records in this batch.
         unlabelled: of them, without a label.
         trained: labelled records that were learned on this batch.
+        faults: labelled records that could not be.
         classes: classes seen so far.
         rate: factor on every learning rate, raised at an alarm and then fading to 1.
         position: where the feed stands after this batch.
@@ -128,6 +146,7 @@ class Report:
     size: int
     unlabelled: int
     trained: int
+    faults: tuple[Fault, ...]
     classes: int
     rate: float
     position: Mapping[str, Any]

@@ -41,7 +41,9 @@ def records(seed: int) -> tuple[Tensor, Tensor]:
 def learn(one: Peer, seed: int, rate: float = 1.0) -> float:
     x, y = records(seed)
     nn.functional.cross_entropy(one.learn(x).logits, y).backward()  # type: ignore[no-untyped-call]
-    return one.step(rate)
+    norm = one.clip_gradient()
+    one.step(norm, rate)
+    return norm
 
 
 def flat(module: nn.Module) -> Tensor:
@@ -105,7 +107,7 @@ def test_a_gradient_that_is_not_finite_is_never_stepped_on(bad: float, optimizer
         learn(both, 0)
     give_gradients(one, 0.1)
     next(one.module.parameters()).grad[0, 0] = bad  # type: ignore[index]
-    one.step()
+    one.step(one.clip_gradient())
     assert torch.equal(flat(one.module), flat(undisturbed.module))
     assert torch.equal(flat(one.average), flat(undisturbed.average))
     assert (one.skipped, one.stuck) == (1, 1)
@@ -123,7 +125,8 @@ def test_a_gradient_longer_than_the_clip_is_shortened_to_it_and_keeps_its_direct
     one = peer(clip=2.0)
     before = flat(one.module)
     give_gradients(one, value)
-    norm = one.step()
+    norm = one.clip_gradient()
+    one.step(norm)
     assert norm == pytest.approx(value * len(before) ** 0.5)
     moved = (before - flat(one.module)) / 0.1
     assert float(moved.norm()) == pytest.approx(length or norm, rel=1e-3)
@@ -135,7 +138,7 @@ def test_a_raised_rate_is_for_one_step() -> None:
     places = [flat(one.module)]
     for rate in (1.0, 3.0, 1.0):
         give_gradients(one, 0.01)
-        one.step(rate)
+        one.step(one.clip_gradient(), rate)
         places.append(flat(one.module))
     first, second, third = (float((b - a).norm()) for a, b in pairwise(places))
     assert second == pytest.approx(3 * first, rel=1e-3)
@@ -151,7 +154,7 @@ def test_a_restored_peer_learns_what_it_would_have_learned(
     for update in range(4):
         learn(one, update, rate=2.0)
     give_gradients(one, float("nan"))
-    one.step()
+    one.step(one.clip_gradient())
     restored.load_state_dict(stored(one.state_dict()))
     assert (restored.skipped, restored.stuck, restored.restarts) == (1, 1, 0)
     for both in (one, restored):

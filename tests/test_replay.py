@@ -234,3 +234,15 @@ def test_images_come_back_as_they_were_stored() -> None:
     buffer.add(x, torch.arange(8))
     drawn = buffer.sample(40)
     assert torch.equal(drawn.x.nan_to_num(-9), x[drawn.y].nan_to_num(-9))
+
+
+def test_a_record_that_is_barred_is_never_drawn_and_its_slot_is_used_again() -> None:
+    buffer = filled(4, seed=7)
+    buffer.bar(torch.tensor([1, 2]))
+    assert sorted(buffer.sample(2_000).slots.unique().tolist()) == [0, 3]
+    buffer.bar(torch.arange(4))
+    assert len(buffer.sample(8)) == 0
+    again = filled(4, seed=7)
+    again.bar(torch.tensor([0]))
+    again.add(*records(4, 5))
+    assert 0 in again.sample(2_000).slots
