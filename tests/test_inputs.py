@@ -104,11 +104,11 @@ def test_the_horizon_forgets_the_past_exponentially() -> None:
     before = float(inputs.mean)
     assert float(inputs.count) == 100
     for _ in range(10):  # each batch of 20 beside a past that counts 100
-        inputs.update(torch.full((20, 1), 50.0))
-    assert float(inputs.mean) == pytest.approx(50 + (before - 50) * (100 / 120) ** 10)
+        inputs.update(torch.full((20, 1), 5.0))
+    assert float(inputs.mean) == pytest.approx(5 + (before - 5) * (100 / 120) ** 10)
     assert float(inputs.count) == 100
     for _ in range(90):
-        inputs.update(torch.full((20, 1), 50.0))
+        inputs.update(torch.full((20, 1), 5.0))
     assert float(inputs.square / inputs.count) == pytest.approx(0, abs=1e-3)
 
 
@@ -154,3 +154,24 @@ def test_raw_inputs_are_left_alone_but_for_what_is_missing() -> None:
     raw.update(torch.full((5, 2), 100.0))
     raw.load_state_dict(stored(raw.state_dict()))
     assert raw(torch.tensor([[1e6, nan]])).tolist() == [[1e6, 0.0]]
+
+
+@pytest.mark.parametrize("records", [40, 1_000, 20_000])
+@pytest.mark.parametrize("far", [1e4, -1e12, 3e38])
+def test_one_value_far_out_does_not_spoil_the_scale(records: int, far: float) -> None:
+    x = drawn(records, 2) * 5 + 3
+    inputs, undisturbed = taught(x), taught(x)
+    inputs.update(torch.tensor([[far, 3.0]]))
+    x = drawn(100, 2, seed=1) * 5 + 3
+    assert torch.allclose(inputs(x), undisturbed(x), rtol=0.35, atol=0.35 + 8 / records**0.5)
+    assert float(inputs(x)[:, 0].std()) > 0.6
+
+
+@lawful
+@given(st.floats(0, 8), st.integers(0, 2**20))
+def test_a_scale_that_really_changes_is_followed(exponent: float, seed: int) -> None:
+    inputs = taught(drawn(100_000, 1, seed=seed), horizon=10_000)
+    x = drawn(20_000, 1, seed=seed + 1) * 10**exponent
+    for part in x.split(16):
+        inputs.update(part)
+    assert 0.2 < float(inputs(x).std()) < 3
