@@ -31,6 +31,7 @@ def test_every_label_comes_once_and_no_sooner_than_its_delay(delay: int, size: i
         assert all(y == UNLABELLED for y in batch.y.tolist())
         asked += list(batch.ids)
         assert not set(batch.late) & set(answered)
+        assert not set(batch.late) & set(batch.ids)  # an answer within the question's own batch would be passed over
         assert len(batch.late) <= size
         if len(batch):
             assert all(int(name) < len(asked) - delay for name in batch.late)

@@ -38,9 +38,10 @@ class Delayed:
         labels = batch.y.tolist() if batch is not None else []
         self._inner = batch.position if batch is not None else self._inner
         ids = range(self._given, self._given + len(labels))
-        self._given += len(labels)
+        earlier, self._given = self._given, self._given + len(labels)
         self._withheld.extend((name, y) for name, y in zip(ids, labels, strict=True) if y != UNLABELLED)
-        due = self._given - self._delay if batch is not None else self._given
+        # An answer comes after its question, and so with a later batch, however short the delay.
+        due = min(self._given - self._delay, earlier) if batch is not None else self._given
         late: dict[str, int] = {}
         while self._withheld and self._withheld[0][0] < due and len(late) < max(records, len(labels)):
             name, y = self._withheld.popleft()
