@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 import re
 from collections.abc import Iterable
@@ -275,7 +276,13 @@ def test_a_broken_object_goes_to_the_dead_letters(tmp_path: Path, line: bytes, r
         (b"y\nx\n", {}, ConfigError, ["no column is left", "'y'"]),
         (b"t,y\nfoo,x\nbar,x\n", {}, ConfigError, ["line 2", "'foo' is not a number", "feed.categorical"]),
         (GOOD, {"categorical": ("c",)}, ConfigError, ["feed.categorical = 'c'"]),
-        (b"\xff\xfe\x00\x01,\n", {}, FeedError, ["UTF-8"]),
+        (GOOD, {"ignore": ("y",)}, ConfigError, ["feed.ignore = 'y'", "feed.label has it, too"]),
+        (GOOD, {"ignore": ("a",), "categorical": ("a",)}, ConfigError, ["feed.categorical = 'a'", "feed.ignore has"]),
+        (b"a\0,b\n", {}, FeedError, ["NUL", "convert the file to UTF-8"]),
+        (b"a,b,y\r1,2,x\r", {}, FeedError, ["2 records in one", "closed by a newline"]),
+        (b"a,b,y" + b" " * (1 << 20), {}, FeedError, ["1048581 bytes"]),
+        (gzip.compress(GOOD)[:12], {}, FeedError, ["breaks off before its first record"]),
+        (b"\xff\xfe\x00\x01,\n", {}, FeedError, ["not UTF-8", "convert"]),
     ],
 )
 def test_a_file_that_cannot_be_learned_is_refused_at_once(
@@ -303,6 +310,27 @@ def test_a_compressed_file_that_breaks_off_is_read_as_far_as_it_goes(tmp_path: P
     feed, refused = opened(tmp_path / "d.csv.gz", gzip.compress(whole)[:-5000])
     assert 1000 < len(rows(drained(feed, 1000))) < 50_000
     assert [letter.reason for letter in refused] == ["truncated"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_every_line_before_the_break_is_accounted_for(tmp_path: Path, kind: str) -> None:
+    """Those that a quote which was never closed had swallowed, and those read for their keys, too."""
+    good = {"csv": b"3,4,z\n", "jsonl": b'{"a": 3, "b": 4, "y": "z"}\n'}[kind]
+    torn = b'5,"6,z\n'
+    content = (GOOD if kind == "csv" else good) + torn + good * 9
+    feed, refused = opened(tmp_path / "d", gzip.compress(content)[:-8] + bytes(8), kind)
+    assert len(rows(drained(feed))) == 10
+    assert [(letter.reason, letter.raw) for letter in refused] == [("malformed", torn), ("truncated", b"")]
+
+
+def test_brackets_nested_almost_too_deeply_are_no_number(tmp_path: Path) -> None:
+    """What can still be read can also be shown in the reason."""
+    good = b'{"a": 1, "y": "x"}\n'
+    deep = [b'{"a": %s%s, "y": "x"}\n' % (b"[" * depth, b"]" * depth) for depth in range(700, 1_000)]
+    feed, refused = opened(tmp_path / "d.jsonl", good + b"".join(deep), "jsonl")
+    assert len(rows(drained(feed))) == 1
+    assert {letter.reason for letter in refused} == {"not_a_number", "malformed"}
+    assert [letter.raw for letter in refused] == deep
 
 
 def test_columns_that_changed_since_the_checkpoint_are_refused_with_their_names(tmp_path: Path) -> None:
@@ -342,3 +370,35 @@ def test_every_line_is_learned_or_in_the_dead_letters(
             torch.cat([batch.x for batch in [*rest, batches[0]]]).nan_to_num(-1),
             torch.cat([batch.x for batch in [*batches[cut + 1 :], batches[0]]]).nan_to_num(-1),
         )
+
+
+keys = st.sampled_from(["a", "b", "y", "c"])
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4))
+values = st.one_of(scalars, st.lists(scalars, max_size=2), st.dictionaries(keys, scalars, max_size=2))
+tables = st.fixed_dictionaries({}, optional={"a": values, "b": scalars, "y": st.sampled_from(["x", "z", 1, None, []])})
+written = st.one_of(tables, values).map(lambda value: json.dumps(value).encode())
+torn = st.tuples(written, st.integers(0, 30)).map(lambda pair: pair[0][: pair[1]])
+junk = st.binary(max_size=8).map(lambda line: line.replace(b"\n", b""))
+
+
+@settings(max_examples=60, deadline=None)
+@given(lines=st.lists(st.one_of(written, torn, junk)), cut=st.integers(0, 10))
+def test_every_line_of_json_is_a_record_or_a_dead_letter_with_its_bytes(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], cut: int
+) -> None:
+    """Whatever the lines hold; and whoever starts again at any place reads exactly the rest."""
+    path = tmp_path_factory.mktemp("lines") / "d.jsonl"
+    content = b'{"a": 1, "b": 2, "y": "x"}\n' + b"\n".join(lines)
+    feed, refused = opened(path, content, "jsonl")
+    batches = drained(feed, 1)
+    raw = [row for batch in batches for row in batch.raw] + [letter.raw for letter in refused]
+    assert sorted(raw) == sorted(line for line in io.BytesIO(content) if line.strip())
+    assert all(letter.reason in REASONS and letter.detail for letter in refused)
+    position = batches[min(cut, len(batches) - 1)].position
+    again, refused_again = opened(path, content, "jsonl")
+    again.seek(position)
+    rest = [batch for batch in batches if batch.position["offset"] > position["offset"]]
+    found = drained(again, 1)
+    assert [(batch.raw, batch.y.tolist()) for batch in found] == [(batch.raw, batch.y.tolist()) for batch in rest]
+    assert str(rows(found)) == str(rows(rest))  # where NaN is NaN
+    assert refused_again == [letter for letter in refused if letter.place["offset"] >= position["offset"]]

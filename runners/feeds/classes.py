@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from runners.feeds.decode import RefusedError
+from runners.feeds.decode import RefusedError, short
 from streamkd.errors import CheckpointError, ConfigError
 
 
@@ -38,10 +38,10 @@ class ClassMap:
         if known is not None:
             return known
         if self._closed:
-            raise RefusedError("unknown_class", f"label {label!r} is not in feed.classes")
+            raise RefusedError("unknown_class", f"label {short(label)} is not in feed.classes")
         if len(self.labels) >= self.limit:
             raise RefusedError(
-                "too_many_classes", f"label {label!r} would be the {self.limit + 1}th; max_classes = {self.limit}"
+                "too_many_classes", f"label {short(label)} would be the {self.limit + 1}th; max_classes = {self.limit}"
             )
         self._index[label] = len(self.labels)
         self.labels.append(label)

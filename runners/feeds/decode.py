@@ -75,11 +75,11 @@ class Columns:
         try:
             value = _parsed(cell)
         except (ValueError, TypeError):
-            raise RefusedError("not_a_number", f"column {name!r}: {_short(cell)} is not a number") from None
+            raise RefusedError("not_a_number", f"column {name!r}: {short(cell)} is not a number") from None
         except OverflowError:
             value = math.inf
         if not abs(value) <= MAX_FLOAT32:
-            raise RefusedError("not_finite", f"column {name!r}: {_short(cell)} is not a finite 32-bit number")
+            raise RefusedError("not_finite", f"column {name!r}: {short(cell)} is not a finite 32-bit number")
         return value
 
     def _unknown(self, cell: object) -> bool:
@@ -91,7 +91,9 @@ class Columns:
             raise RefusedError("no_label_column", f"there is no {self.label!r} in the record")
         label = cells[self.label]
         if isinstance(label, (dict, list)):
-            raise RefusedError("malformed", f"column {self.label!r}: {_short(label)} is not a label")
+            raise RefusedError("malformed", f"column {self.label!r}: {short(label)} is not a label")
+        if isinstance(label, float) and not math.isfinite(label):
+            raise RefusedError("not_finite", f"column {self.label!r}: {label} is not a label")
         return None if self._unknown(label) else str(label).strip()
 
 
@@ -121,13 +123,22 @@ def assign(
     """
     doubles = sorted({name for name in present if list(present).count(name) > 1})
     if doubles:
-        raise ConfigError(f"feed.path = {where!r}: two columns are called {doubles[0]!r}; rename one")
+        raise ConfigError(f"feed.path = {where!r}: two columns are called {short(doubles[0])}; rename one")
     for key, names in (("label", [label]), ("categorical", categorical), ("ignore", ignore)):
         for name in names:
             if name not in present:
                 close = get_close_matches(name, present, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"there are {_listed(present)}{_suspicion(present)}"
-                raise ConfigError(f"feed.{key} = {name!r}: no such column in {where!r}; {hint}")
+                hint = (
+                    f"did you mean {short(close[0])}?"
+                    if close
+                    else f"there are {_listed(present)}{_suspicion(present)}"
+                )
+                raise ConfigError(f"feed.{key} = {short(name)}: no such column in {where!r}; {hint}")
+    for key, names, other in (("ignore", ignore, {label}), ("categorical", categorical, {label, *ignore})):
+        twice = next((name for name in names if name in other), None)
+        if twice is not None:
+            first = "label" if twice == label else "ignore"
+            raise ConfigError(f"feed.{key} = {twice!r}: feed.{first} has it, too; name it in one of them")
     left = [name for name in present if name != label and name not in ignore]
     columns = Columns(
         label,
@@ -156,10 +167,11 @@ def _parsed(cell: object) -> float:
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:
-    shown = ", ".join(repr(name) for name in names[:most])
+    shown = ", ".join(short(name) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _short(value: object, most: int = 40) -> str:
+def short(value: object, most: int = 40) -> str:
+    """Return a value as it is written, cut to what a message has room for."""
     text = repr(value)
     return text if len(text) <= most else text[:most] + "..."

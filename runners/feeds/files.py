@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field
 from runners.feeds import DeadLetter, Refuse
 from runners.feeds.classes import ClassMap
 from runners.feeds.decode import Columns, RefusedError, assign
-from runners.feeds.lines import Line, Lines, TruncatedError
+from runners.feeds.lines import Line, Lines
 from streamkd.batch import UNLABELLED, Batch
 from streamkd.errors import CheckpointError, ConfigError, FeedError
 
@@ -180,13 +180,11 @@ class FileFeed:
 
     def _next(self, classes: ClassMap) -> "Record | DeadLetter | None":
         """Read one record, or say why it cannot be used; None at the end."""
-        try:
-            lines = self._reader.take(self._lines)
-        except TruncatedError as error:
-            place = {"line": self._lines.number, "offset": self._lines.offset}
-            return DeadLetter("truncated", f"the file breaks off: {error}", b"", place)
+        lines = self._reader.take(self._lines)
         if not lines:
-            return None
+            damage = self._lines.damage()
+            place = {"line": self._lines.number, "offset": self._lines.offset}
+            return DeadLetter("truncated", f"the file breaks off: {damage}", b"", place) if damage else None
         try:
             return self._decode(lines, classes)
         except RefusedError as error:
@@ -232,11 +230,25 @@ class Csv:
         while first is not None and not first.raw.strip():
             first = lines.next()
         if first is None:
-            raise FeedError(f"feed.path = {str(path)!r}: the file is empty")
+            raise _nothing(lines, path)
+        at = f"feed.path = {str(path)!r}"
+        if first.too_long:
+            raise FeedError(
+                f"{at}: its first line, the header, has {first.end - first.offset} bytes; is it a CSV file?"
+            )
         try:
-            self._header = [name.strip() for name in self._split(first.raw.decode("utf-8-sig"))]
-        except (UnicodeDecodeError, RefusedError):
-            raise FeedError(f"feed.path = {str(path)!r}: its first line is not a CSV header in UTF-8") from None
+            text = first.raw.decode("utf-8-sig")
+            if "\0" in text:
+                raise FeedError(f"{at}: there are NUL bytes in its first line; convert the file to UTF-8")
+            self._header = [name.strip() for name in self._split(text)]
+        except UnicodeDecodeError as error:
+            raise FeedError(
+                f"{at}: its first line is not UTF-8 ({error.reason} at byte {error.start}); convert the file to UTF-8"
+            ) from None
+        except RefusedError as error:
+            raise FeedError(
+                f"{at}: its first line is not a CSV header ({error.detail}); a header is one line, closed by a newline"
+            ) from None
         return self._header
 
     def take(self, lines: Lines) -> list[Line]:
@@ -283,8 +295,13 @@ class JsonLines:
             passed.append(line)
             with suppress(UnicodeDecodeError, RefusedError):
                 names |= dict.fromkeys(self.cells(line.raw.decode("utf-8-sig")))
+        if not any(line.raw.strip() for line in passed):
+            raise _nothing(lines, path)
         if not names:
-            raise FeedError(f"feed.path = {str(path)!r}: there is no JSON object in its first {len(passed)} lines")
+            raise FeedError(
+                f"feed.path = {str(path)!r}: there is no JSON object with a key in its first {len(passed)} lines; "
+                "write one object a line, or set feed.kind = 'csv'"
+            )
         lines.give_back(passed, last=None)
         return list(names)
 
@@ -306,6 +323,12 @@ class JsonLines:
         return value
 
 
+def _nothing(lines: Lines, path: Path) -> FeedError:
+    damage = lines.damage()
+    found = f"breaks off before its first record: {damage}; fetch it again" if damage else "the file is empty"
+    return FeedError(f"feed.path = {str(path)!r}: {found}")
+
+
 def text_file(
     path: Path,
     *,
@@ -315,7 +338,7 @@ def text_file(
     ignore: Names = (),
     buckets: Annotated[int, Field(ge=2, le=65_536)] = 16,
     missing: Names = ("",),
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ",",
+    delimiter: Annotated[str, Field(min_length=1, max_length=1, pattern=r'[^"\r\n]')] = ",",
     shape: tuple[Annotated[int, Field(ge=1)], ...] = (),
     classes: Names = (),
     max_classes: int,
@@ -346,12 +369,8 @@ def text_file(
     lines = Lines(path)
     with ExitStack() as unless_it_fits:
         unless_it_fits.callback(lines.close)
-        try:
-            present = reader.columns(lines, path)
-        except TruncatedError as error:
-            raise FeedError(f"feed.path = {str(path)!r}: breaks off before its first record: {error}") from None
         columns = assign(
-            present,
+            reader.columns(lines, path),
             where=str(path),
             label=label,
             categorical=categorical,

@@ -37,17 +37,13 @@ class Line:
         return self.end - self.offset > len(self.raw)
 
 
-class TruncatedError(Exception):
-    """A compressed file ends, or is damaged, in the middle; nothing after it can be read."""
-
-
 class Lines:
     """A file's lines, one after the other, some of which may be given back to be read again."""
 
     def __init__(self, path: Path) -> None:
-        if path.exists() and not path.is_file():
-            raise FeedError(f"feed.path = {str(path)!r}: not a file")
         try:
+            if path.exists() and not path.is_file():
+                raise FeedError(f"feed.path = {str(path)!r}: not a file; name a file")
             self._raw = path.open("rb")
             self._size = path.stat().st_size
             self._file = _decompressed(self._raw)
@@ -55,23 +51,23 @@ class Lines:
             raise FeedError(f"feed.path = {str(path)!r}: {error.strerror or error}; check the path") from None
         self._returned: deque[Line] = deque()
         self._broken = False
+        self._damage = ""
         self._last: Line | None = None
         self.number = 1
         self.offset = 0
 
     def next(self) -> Line | None:
-        """Return the next line; None at the end.
-
-        Raises:
-            TruncatedError: once; after it comes the end.
-        """
-        if self._broken:
-            return None
+        """Return the next line; None at the end, or where the file breaks off."""
         line = self._returned.popleft() if self._returned else self._read()
         if line is not None:
             self._last = line
             self.number, self.offset = line.number + 1, line.end
         return line
+
+    def damage(self) -> str:
+        """Return why a compressed file breaks off here, once; empty where it simply ends."""
+        damage, self._damage = self._damage, ""
+        return damage
 
     def give_back(self, lines: list[Line], last: Line | None) -> None:
         """Put lines back in front, so that `last` is the one that was read last."""
@@ -115,7 +111,7 @@ class Lines:
     def seek(self, offset: int, number: int) -> None:
         """Go to a line by its place; in a compressed file all before it is read again."""
         self._returned.clear()
-        self._broken = False
+        self._broken, self._damage = False, ""
         self._file.seek(offset)
         self.offset, self.number = offset, number
 
@@ -130,6 +126,8 @@ class Lines:
         self._raw.close()
 
     def _read(self) -> Line | None:
+        if self._broken:
+            return None
         try:
             raw = self._file.readline(LONGEST)
             size = len(raw)
@@ -139,8 +137,8 @@ class Lines:
                 if not rest or rest.endswith(b"\n"):
                     break
         except (EOFError, OSError, zlib.error) as error:
-            self._broken = True
-            raise TruncatedError(str(error)) from error
+            self._broken, self._damage = True, str(error)
+            return None
         return Line(raw, self.number, self.offset, self.offset + size) if raw else None
 
 
