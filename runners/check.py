@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
+from rich.text import Text
 
 from monitoring.server import listen
 from runners import saver, session
@@ -52,7 +53,9 @@ def check(configuration: Configuration, console: Console) -> None:
     console.print(_models(engine, feed.shape))
     if refused:
         reason = refused[0].detail
-        console.print(f"{len(refused)} records before these would go to the dead letters, the first for: {reason}")
+        console.print(
+            f"{len(refused)} records before these would go to the dead letters, the first for: {reason}", markup=False
+        )
     console.print("[green]It would run.[/]")
 
 
@@ -76,7 +79,7 @@ def _without_none(value: Any) -> Any:
 def _feed(description: Mapping[str, Any]) -> Table:
     made = Table(title="Feed", title_justify="left", show_header=False)
     for key, value in description.items():
-        made.add_row(key, _listed(value) if isinstance(value, list) else str(value))
+        made.add_row(key, _plain(_listed(value) if isinstance(value, list) else value))
     return made
 
 
@@ -90,10 +93,10 @@ def _records(batch: Batch, description: Mapping[str, Any]) -> Table:
     labels = description.get("classes")
     made = Table(title=f"First {len(batch)} records, as decoded", title_justify="left")
     for name in [*names, "label"]:
-        made.add_column(str(name), justify="right")
+        made.add_column(_plain(name), justify="right")
     for x, y in zip(batch.x.flatten(1), batch.y.tolist(), strict=True):
         label = "(unknown)" if y == UNLABELLED else str(labels[y]) if isinstance(labels, list) else str(y)
-        made.add_row(*(f"{value:.6g}" for value in x[: len(names)].tolist()), label)
+        made.add_row(*(f"{value:.6g}" for value in x[: len(names)].tolist()), _plain(label))
     return made
 
 
@@ -104,8 +107,13 @@ def _models(engine: Engine, shape: Sequence[int]) -> Table:
     for peer in engine.cohort.peers:
         output = list(peer.predict(torch.zeros(1, *shape, device=engine.device)).logits.shape)
         rates = ", ".join(f"{rate:g}" for rate in peer.rates)
-        made.add_row(peer.name, str(output), f"{peer.capacity:,}", type(peer.optimizer).__name__, rates)
+        made.add_row(_plain(peer.name), str(output), f"{peer.capacity:,}", type(peer.optimizer).__name__, rates)
     return made
+
+
+def _plain(value: object) -> Text:
+    """Return what the data or the user called something: no markup, and perhaps not even whole characters."""
+    return Text(str(value).encode(errors="backslashreplace").decode())
 
 
 def _listed(values: Sequence[object]) -> str:

@@ -107,7 +107,11 @@ def probe(path: Path) -> None:
     Raises:
         ConfigError: it could not.
     """
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    target = path if path.exists() else folder
-    if path.is_dir() or not folder.is_dir() or not os.access(target, os.W_OK):
+    try:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        target = path if path.exists() else folder
+        writable = not path.is_dir() and folder.is_dir() and os.access(target, os.W_OK) and "\0" not in str(path)
+    except OSError:  # no file system has room for such a name
+        writable = False
+    if not writable:
         raise ConfigError(f"dead_letters.path = {str(path)!r}: cannot be written; name a file that can")

@@ -51,7 +51,7 @@ def main(
         _write(json_to, [evaluation.as_json() for evaluation in done])
     if plot is not None:
         picture.draw(plot, done[0].tally, done[0].trace, title=f"{data.name}, seed {done[0].seed}")
-        console.print(f"picture: {plot}")
+        console.print(f"picture: {plot}", markup=False)
 
 
 def _named(overrides: Sequence[str]) -> bool:
@@ -80,7 +80,9 @@ def _one(configuration: Configuration, console: Console) -> Evaluation:
 def _tell_refused(evaluation: Evaluation, configuration: Configuration, console: Console) -> None:
     if evaluation.refused:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(evaluation.refused.items()))
-        console.print(f"refused, seed {evaluation.seed}: {reasons}; see {configuration.dead_letters.path}")
+        console.print(
+            f"refused, seed {evaluation.seed}: {reasons}; see {configuration.dead_letters.path}", markup=False
+        )
 
 
 def _write(target: str, results: list[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from monitoring.prequential import MAJORITY, NO_CHANGE, Measures, Tally
 from monitoring.trace import Trace
@@ -130,7 +131,9 @@ def table(evaluations: Sequence[Evaluation]) -> Table:
     every = [evaluation.tally.measures() for evaluation in evaluations]
     for name in every[0]:
         rows = [measures[name] for measures in every]
-        made.add_row(name, *(_cell(rows, measure) for measure in MEASURES), style="bold" if name == SERVED else "")
+        made.add_row(
+            Text(name), *(_cell(rows, measure) for measure in MEASURES), style="bold" if name == SERVED else ""
+        )
     return made
 
 

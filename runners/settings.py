@@ -12,7 +12,7 @@ from runners.feeds import KINDS, Feed, Refuse
 from runners.feeds.delayed import Delayed
 from runners.shipped import shipped
 from streamkd.config import make
-from streamkd.errors import ConfigError
+from streamkd.errors import ConfigError, FeedError, StreamkdError
 from streamkd.settings import EngineSettings, Part, Positive, Settings, validate
 
 
@@ -81,10 +81,27 @@ class Configuration(EngineSettings):
                 f"labels.delay = {self.labels.delay}: more than the {self.labels.pending_capacity} predictions that "
                 "may wait; raise labels.pending_capacity"
             )
-        feed: Feed = make(self.feed, KINDS, "feed", kind=self.feed.kind, max_classes=self.max_classes, refuse=refuse)
+        path = self.feed.options.get("path")
+        if isinstance(path, str) and Path(path).absolute() == self.dead_letters.path.absolute():
+            raise ConfigError(f"dead_letters.path = {path!r}: is the feed's own file, feed.path; name another")
+        given = {"kind": self.feed.kind, "max_classes": self.max_classes, "refuse": refuse}
+        try:
+            feed: Feed = make(self.feed, KINDS, "feed", **given)
+        except StreamkdError:
+            raise
+        except Exception as error:  # whatever a feed of the user's own does
+            reason = (str(error) or repr(error)).splitlines()[0]
+            raise FeedError(
+                f"feed.kind = {self.feed.kind!r}: cannot be opened: {type(error).__name__}: {reason}"
+            ) from error
+        missing = [name for name in FEED if not hasattr(feed, name)]
+        if missing:
+            raise ConfigError(f"feed.kind = {self.feed.kind!r}: not a feed; it has no {', '.join(missing)}")
         return Delayed(feed, self.labels.delay) if self.labels.delay else feed
 
 
+FEED = ("name", "shape", "poll", "seek", "progress", "commit", "describe", "close")
+"""What a feed has."""
 RELOADABLE = frozenset(
     {
         "log.level",
@@ -140,24 +157,30 @@ def _change(text: str) -> tuple[str, Any]:
 
 def _parse(source: str) -> dict[str, Any]:
     path, ready = Path(source), shipped()
-    if not path.is_file():
-        if source in ready:
-            return tomllib.loads(ready[source])
-        close = get_close_matches(source, ready, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"shipped are {', '.join(ready)}"
-        raise ConfigError(f"{source}: there is no such file, and no shipped configuration of that name; {hint}")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: is not TOML: {error}") from None
+        if path.is_file():
+            return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{source}: cannot be read: {error.strerror or error}; name a file that can") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: is not UTF-8, as TOML must be: {error.reason} at byte {error.start}") from None
+    except _NOT_TOML as error:
+        raise ConfigError(f"{source}: is not TOML: {error}; mend it there") from None
+    if source in ready:
+        return tomllib.loads(ready[source])
+    close = get_close_matches(source, ready, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"shipped are {', '.join(ready)}"
+    raise ConfigError(f"{source}: there is no such file, and no shipped configuration of that name; {hint}")
+
+
+_NOT_TOML = (ValueError, RecursionError)
+"""What tomllib raises, numbers of thousands of digits and brackets by the thousand included."""
 
 
 def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
+    except _NOT_TOML:
         return text
 
 
@@ -181,7 +204,10 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
 
 def _same_family(before: Any, after: Any) -> bool:
     """Say whether the options of a part of one kind are those of another: a CSV feed's and a JSON feed's, for one."""
-    return before in {None, after} or (before in KINDS and KINDS[before] == KINDS.get(after))
+    if before is None or before == after:
+        return True
+    families = [KINDS.get(kind) if isinstance(kind, str) else None for kind in (before, after)]
+    return families[0] is not None and families[0] == families[1]
 
 
 def _index(place: list[Any], name: str, key: str) -> int:
