@@ -30,8 +30,8 @@ class Health:
         return self.last_progress
 
     def alive(self) -> dict[str, bool]:
-        """Return the checks of liveness: nothing outside this process."""
-        stuck = self.clock() - self.last_progress > self.stalled_seconds
+        """Return the checks of liveness: nothing outside this process; a long restore is no standstill."""
+        stuck = self.state == "running" and self.clock() - self.last_progress > self.stalled_seconds
         return {"progress": not stuck, "not_failed": self.state != "failed"}
 
     def ready(self) -> dict[str, bool]:

@@ -83,12 +83,14 @@ class Metrics:
         self._feed_connected = self.feed_connected.labels(feed=feed)
         self._feed_received = self.feed_received.labels(feed=feed)
         self._refused = {reason: self.dead_letters.labels(feed=feed, reason=reason) for reason in reasons}
+        self._unwritten = self.feed_errors.labels(feed=feed, stage="dead_letter", error_type="write")
         self._saves = {result: self.saves.labels(result=result) for result in ("success", "failure")}
         self._restores = {result: self.restores.labels(result=result) for result in ("success", "fallback")}
         self._states = {state: self.state.labels(state=state) for state in STATES}
         self._unsound: dict[tuple[str, str], int] = {}
         self._joined = self._expired = 0
         self._seen_refused: dict[str, int] = {}
+        self._seen_unwritten = 0
 
     def _define(self) -> None:
         registry = self.registry
@@ -112,6 +114,7 @@ class Metrics:
         self.feed_records = counter("feed_records_total", "Records received and decoded.", "feed")
         self.feed_connected = gauge("feed_connected", "1 while the feed can be read.", "feed")
         self.feed_received = gauge("feed_last_record_received_timestamp_seconds", "When the last record came.", "feed")
+        self.feed_errors = counter("feed_errors_total", "Errors around the feed.", "feed", "stage", "error_type")
         self.dead_letters = counter("dead_letter_records_total", "Records that could not be used.", "feed", "reason")
         self.steps = counter("steps_total", "Batches that went through the engine.")
         self.trained = counter("trained_records_total", "Labelled records that were learned.")
@@ -206,8 +209,10 @@ class Metrics:
         for pair, gauge in self._alpha.items():
             gauge.set(report.alphas.get(pair, 0.0))
 
-    def observe_refused(self, refused: Mapping[str, int]) -> None:
-        """Take in how many records were refused so far, by reason."""
+    def observe_refused(self, refused: Mapping[str, int], *, unwritten: int) -> None:
+        """Take in how many records were refused so far, by reason, and attempts to write them down that failed."""
+        self._unwritten.inc(unwritten - self._seen_unwritten)
+        self._seen_unwritten = unwritten
         for reason, count in refused.items():
             self._refused[reason].inc(count - self._seen_refused.get(reason, 0))
             self._seen_refused[reason] = count

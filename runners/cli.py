@@ -22,6 +22,10 @@ Set = Annotated[
 ]
 
 
+bench = App(name="bench", help="Benchmarks: claims that you can check on your machine.", help_format="markdown")
+app.command(bench)
+
+
 @app.command
 def demo(
     *,
@@ -161,6 +165,44 @@ def init(name: str | None = None) -> None:
         raise ConfigError(f"{target}: is there already; move it away first")
     target.write_text(ready[name], encoding="utf-8")
     sys.stdout.write(f"wrote {target}\n")
+
+
+@bench.command
+def kill(*configurations: str, kills: int = 100, seed: int = 0) -> None:
+    """Kill runs with SIGKILL, half of them inside a save, resume them, and compare where they end.
+
+    Parameters
+    ----------
+    configurations
+        Names of shipped ones; all of them, if none is named.
+    kills
+        For each.
+    seed
+        Of the moments.
+    """
+    from rich.console import Console
+
+    from runners.bench.kill import main as runner
+
+    runner(configurations, kills=kills, seed=seed, console=Console())
+
+
+@bench.command
+def soak(*, records: int = 1_000_000, batch: int = 16) -> None:
+    """Learn a long stream with the whole daemon; say whether memory and time a step stay flat.
+
+    Parameters
+    ----------
+    records
+        Of the stream.
+    batch
+        Records a step.
+    """
+    from rich.console import Console
+
+    from runners.bench.soak import main as runner
+
+    runner(records, batch, Console())
 
 
 def main() -> None:

@@ -1,10 +1,12 @@
 """The long-running process: poll, step, observe, save, and then tell the feed."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
+from threading import Timer
 from types import FrameType
 from typing import Any
 
@@ -20,8 +22,8 @@ from runners.saver import Saver
 from runners.session import Session
 from runners.settings import RELOADABLE, Configuration, changes
 from streamkd.engine import Engine
-from streamkd.errors import ConfigError, StreamkdError
-from streamkd.report import Report
+from streamkd.errors import CheckpointError, ConfigError, StreamkdError
+from streamkd.report import SERVED, Report
 
 IDLE_SECONDS = 0.05
 """How long to wait when the feed has nothing yet."""
@@ -56,6 +58,7 @@ class Daemon:
         self._observers = observers
         self._reload = reload
         self._stop = self._hung_up = False
+        self._patience = Timer(0, self._give_up)
         self._last_line = 0
         self._latest: Report | None = None
         self._told = 0.0
@@ -90,6 +93,7 @@ class Daemon:
                 if self._saver:
                     self._saver.restore()
                 self.health.restored = True
+                self.health.progress()
                 self._enter("running")
                 notify("READY=1")
                 self._loop()
@@ -101,9 +105,8 @@ class Daemon:
             finally:
                 if self._saver:
                     self._saver.close(save=self.health.state == "draining")
+            self._patience.cancel()
             self._enter("stopped")
-            if self._session.dead_letters.failure:
-                self._log.error("dead letters not written", reason=self._session.dead_letters.failure)
             engine = self._session.engine
             self._log.info("stopped", records=engine.records, steps=engine.steps)
 
@@ -126,7 +129,7 @@ class Daemon:
             self._progress()
             if self._hung_up:
                 self._take_over()
-            self.metrics.observe_refused(self._session.dead_letters.counts)
+            self._observe_refused()
             if batch is None:
                 self._log.info("feed ended", records=engine.records)
                 return
@@ -139,6 +142,12 @@ class Daemon:
             if self._saver:
                 self._saver.after(report.position)
         self._log.info("stopping", reason="signal")
+
+    def _observe_refused(self) -> None:
+        letters = self._session.dead_letters
+        self.metrics.observe_refused(letters.counts, unwritten=letters.failures)
+        if letters.failure:
+            self._log.error("dead letters not written", reason=letters.failure)
 
     def _progress(self) -> None:
         """Say that the loop went round; systemd's watchdog need not hear it more than once a second."""
@@ -171,7 +180,10 @@ class Daemon:
                 "progress",
                 records=report.records,
                 teacher=report.teacher,
-                accuracy={name: round(peer.accuracy, 4) for name, peer in report.peers.items()},
+                accuracy={
+                    SERVED: round(report.accuracy, 4),
+                    **{name: round(peer.accuracy, 4) for name, peer in report.peers.items()},
+                },
                 refused=self._session.dead_letters.total,
             )
         self._last_line = report.records
@@ -184,6 +196,19 @@ class Daemon:
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
+        self._patience = Timer(self._settings.shutdown_timeout_seconds, self._give_up)
+        self._patience.daemon = True
+        self._patience.start()
+
+    def _give_up(self) -> None:
+        """End at once: the last save takes too long, and what is on the disk is whole at any moment."""
+        self._log.error(
+            "not stopped in time",
+            shutdown_timeout_seconds=self._settings.shutdown_timeout_seconds,
+            covered=self._saver.covered if self._saver else 0,
+            records=self._session.engine.records,
+        )
+        os._exit(CheckpointError.exit_code)
 
     def _ask_to_reload(self) -> None:
         self._hung_up = True

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from base64 import b64encode
 from collections import Counter, deque
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -18,11 +19,18 @@ if TYPE_CHECKING:
     from runners.settings import DeadLetterSettings
 
 
+MOST_UNWRITTEN = 10_000
+"""Refused records that wait for a disk that is full."""
+
+
 class DeadLetters:
     """A file of JSON lines, made when the first record is refused, and rotated.
 
     Each has `time`, `feed`, `reason`, `detail`, where it stood (`line` and `offset` in a file) and `raw`, the record
-    as it came, with bytes that are not UTF-8 escaped.
+    as it came; where it is not UTF-8, what is not is escaped in it, and `raw_base64` has all its bytes.
+
+    One that cannot be written, on a full disk for one, is kept and tried again with the next. Until it is written no
+    checkpoint may pass it (`flush` raises), so that a run that ends before reads it once more.
 
     Args:
         settings: where, how large, and which share of the records may be refused.
@@ -33,14 +41,17 @@ class DeadLetters:
 
     Attributes:
         counts: records refused so far, by reason.
-        failure: what went wrong when one was last written; empty if nothing did.
+        failures: attempts to write that failed.
+        failure: why the last one did; empty once all are written.
     """
 
     def __init__(self, settings: "DeadLetterSettings", feed: str) -> None:
         probe(settings.path)
         self.settings = settings
         self.counts: Counter[str] = Counter()
+        self.failures = 0
         self.failure = ""
+        self._unwritten: deque[str] = deque()
         self._feed = feed
         self._recent: deque[bool] = deque(maxlen=settings.window)
         self._file = RotatingFileHandler(
@@ -52,7 +63,7 @@ class DeadLetters:
         """Write one record down and count it.
 
         Raises:
-            ConfigError: too large a share of the latest records was refused.
+            ConfigError: too large a share of the latest records was refused, or too many could not be written.
         """
         self.counts[letter.reason] += 1
         entry = {
@@ -61,10 +72,15 @@ class DeadLetters:
             "reason": letter.reason,
             "detail": letter.detail,
             **letter.place,
-            "raw": letter.raw.decode("utf-8", errors="backslashreplace"),
+            **_readable(letter.raw),
         }
-        self.settings.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file.handle(logging.makeLogRecord({"msg": "%s", "args": (json.dumps(entry),)}))
+        self._unwritten.append(json.dumps(entry))
+        self._write()
+        if len(self._unwritten) > MOST_UNWRITTEN:
+            raise ConfigError(
+                f"dead_letters.path = {str(self.settings.path)!r}: {len(self._unwritten)} refused records could not be "
+                f"written ({self.failure}); make room, or name another file"
+            )
         self._recent.append(True)
         refused, most = sum(self._recent), self.settings.max_share
         if len(self._recent) == self.settings.window and refused > most * self.settings.window:
@@ -83,22 +99,59 @@ class DeadLetters:
         return self.counts.total()
 
     def flush(self) -> None:
-        """Bring what was written to the disk."""
+        """Bring every record to the disk.
+
+        Raises:
+            OSError: it could not be.
+        """
+        self._write()
+        if self._unwritten:
+            raise OSError(self.failure)
         if self._file.stream is not None:
-            try:
-                self._file.flush()
-                os.fsync(self._file.stream.fileno())
-            except OSError as error:
-                self.failure = f"{self.settings.path}: {error.strerror}"
+            os.fsync(self._file.stream.fileno())
 
     def close(self) -> None:
         """Close the file, if it was needed."""
-        with suppress(OSError):  # told already, by `flush`
+        self._write()
+        with suppress(OSError):
             self._file.close()
+
+    def _write(self) -> None:
+        """Write what waits, up to the first that cannot be written."""
+        while self._unwritten:
+            self.failure = ""
+            self._write_line(self._unwritten[0])
+            if self.failure:
+                self.failures += 1
+                return
+            self._unwritten.popleft()
+
+    def _write_line(self, line: str) -> None:
+        path = self.settings.path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            before = path.stat().st_size if path.exists() else 0
+        except OSError as error:
+            self.failure = f"{path}: {error.strerror}"
+            return
+        self._file.handle(logging.makeLogRecord({"msg": "%s", "args": (line,)}))
+        if self.failure:
+            with suppress(OSError):
+                self._file.close()  # what its buffer holds still waits here
+            with suppress(OSError):
+                os.truncate(path, min(before, path.stat().st_size))  # no half of a line
 
     def _fail(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - the handler's
         """Remember why a record could not be written: a full disk must not stop the learning."""
         self.failure = f"{self.settings.path}: {sys.exception()}"
+
+
+def _readable(raw: bytes) -> dict[str, str]:
+    """Return a record as text, and where it is none, all of its bytes beside."""
+    try:
+        return {"raw": raw.decode()}
+    except UnicodeDecodeError:
+        return {"raw": raw.decode(errors="backslashreplace"), "raw_base64": b64encode(raw).decode()}
 
 
 def probe(path: Path) -> None:

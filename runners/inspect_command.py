@@ -23,7 +23,12 @@ def main(directory: Path, *, as_json: bool) -> None:
         CheckpointError: there is none, or it is not whole.
     """
     path = _newest(directory)
-    state, about = checkpoint.load(path)
+    try:
+        state, about = checkpoint.load(path)
+    except CheckpointError as error:
+        if as_json:
+            sys.stdout.write(json.dumps({"path": str(path), "verified": False, "reason": str(error)}, indent=2) + "\n")
+        raise
     found = {
         "path": str(path),
         "verified": True,
@@ -48,7 +53,7 @@ def _newest(directory: Path) -> Path:
 
 def _print(found: dict[str, Any], console: Console) -> None:
     overview = Table(title=found["path"], title_justify="left", show_header=False)
-    for key in ("step", "records", "teacher", "digest", "configuration"):
+    for key in ("step", "records", "accuracy", "teacher", "digest", "configuration"):
         overview.add_row(key, str(found[key]))
     overview.add_row("verified", "every file is as the manifest says")
     for key in ("versions", "position", "files"):

@@ -19,7 +19,7 @@ from runners.session import Session
 from runners.settings import Configuration
 from streamkd import checkpoint
 from streamkd.engine import Engine
-from streamkd.errors import CheckpointError, ConfigError
+from streamkd.errors import CheckpointError, ConfigError, DamagedError
 
 MOST_LINES = 12
 """Of a difference between two architectures, in a message."""
@@ -81,12 +81,12 @@ class Saver:
         candidates = checkpoint.found(self.settings.directory)
         for attempt, path in enumerate(candidates):
             try:
-                state, about = checkpoint.load(path)
-            except CheckpointError as error:
+                position = self._read(path)
+            except DamagedError as error:
                 self._log.error("checkpoint refused", path=str(path), reason=str(error))
                 continue
-            check_same(about, self._session, path)
-            self._take_up(state, "fallback" if attempt else "success")
+            self._session.feed.seek(position)
+            self._take_up(position, "fallback" if attempt else "success")
             self._log.info("restored", path=str(path), records=self._session.engine.records)
             return
         if candidates:
@@ -95,11 +95,26 @@ class Saver:
                 "is whole; restore one from a backup, or start afresh in an empty directory"
             )
 
-    def _take_up(self, state: Mapping[str, Any], result: str) -> None:
+    def _read(self, path: Path) -> Mapping[str, Any]:
+        """Put the engine into the state of a checkpoint; return the feed's position.
+
+        Raises:
+            DamagedError: it is not whole, or is not what it says it is.
+            CheckpointError: it is of other models.
+        """
+        state, about = checkpoint.load(path)
+        check_same(about, self._session, path)
+        learned = {**state["tensors"]["engine"], "replay": state["memories"]}
+        try:
+            self._session.engine.load_state_dict(learned)
+        except Exception as error:
+            raise DamagedError(f"{path}: cannot be restored: {type(error).__name__}: {error}") from error
+        position: Mapping[str, Any] = state["tensors"]["position"]
+        return position
+
+    def _take_up(self, position: Mapping[str, Any], result: str) -> None:
         engine = self._session.engine
-        engine.load_state_dict(state["engine"])
-        self.position = state["position"]
-        self._session.feed.seek(self.position)
+        self.position = position
         self.covered, self._covered_steps = engine.records, engine.steps
         self._next_records = engine.records + self.settings.every_records
         self._metrics.observe_restore(
@@ -144,8 +159,16 @@ class Saver:
         engine = self._session.engine
         self._next_records = engine.records + self.settings.every_records
         self._next_time = self._time_of_next()
-        self._session.dead_letters.flush()
-        state = checkpoint.stage({"engine": engine.state_dict(), "position": dict(self.position)})
+        try:
+            self._session.dead_letters.flush()
+        except OSError as error:
+            self._fail(error)
+            return
+        learned = engine.state_dict()
+        memories = learned.pop("replay")
+        state = checkpoint.stage(
+            {"tensors": {"engine": learned, "position": dict(self.position)}, "memories": memories}
+        )
         about = describe(self._session, self.position)
         self._writing = self._thread.submit(self._write, engine.steps, state, about)
 
@@ -153,7 +176,7 @@ class Saver:
         began = time.perf_counter()
         path = checkpoint.save(self.settings.directory, step, state, about)
         size = sum(file.stat().st_size for file in path.iterdir())
-        checkpoint.prune(self.settings.directory, self.settings.keep)
+        checkpoint.prune(self.settings.directory, self.settings.keep, best=self.settings.keep_best)
         return Saved(path, step, about["records"], about["position"], size, time.perf_counter() - began)
 
     def _collect(self) -> None:
@@ -161,9 +184,7 @@ class Saver:
         try:
             saved = writing.result() if writing else None
         except OSError as error:
-            self._failure = str(error)
-            self._metrics.observe_failed_save()
-            self._log.error("checkpoint failed", directory=str(self.settings.directory), reason=str(error))
+            self._fail(error)
             return
         if saved is not None:
             self.covered, self._covered_steps = saved.records, saved.steps
@@ -171,6 +192,11 @@ class Saver:
             self._session.feed.commit(saved.position)
             self._metrics.observe_save(seconds=saved.seconds, size=saved.size, now=time.time())
             self._log.info("checkpoint", path=str(saved.path), records=saved.records, bytes=saved.size)
+
+    def _fail(self, error: OSError) -> None:
+        self._failure = str(error)
+        self._metrics.observe_failed_save()
+        self._log.error("checkpoint failed", directory=str(self.settings.directory), reason=str(error))
 
     def _time_of_next(self) -> float:
         return time.monotonic() + (self.settings.every_seconds or float("inf"))
@@ -182,6 +208,7 @@ def describe(running: Session, position: Mapping[str, Any]) -> dict[str, Any]:
     cohort = engine.cohort
     return {
         "records": engine.records,
+        "accuracy": engine.accuracy,
         "position": dict(position),
         "teacher": cohort.names[engine.roles.teacher],
         "peers": {

@@ -13,7 +13,7 @@ from runners.feeds.delayed import Delayed
 from runners.shipped import shipped
 from streamkd.config import make
 from streamkd.errors import ConfigError, FeedError, StreamkdError
-from streamkd.settings import EngineSettings, Part, Positive, Settings, validate
+from streamkd.settings import EngineSettings, Part, Settings, validate
 
 
 class CheckpointSettings(Settings):
@@ -22,7 +22,8 @@ class CheckpointSettings(Settings):
     directory: Path = Path("checkpoints")
     every_records: Annotated[int, Field(ge=1, description="records between two checkpoints")] = 10_000
     every_seconds: Annotated[float, Field(ge=0, description="seconds between two checkpoints; 0: records alone")] = 0.0
-    keep: Positive = 3
+    keep: Annotated[int, Field(ge=1, description="the newest ones")] = 3
+    keep_best: Annotated[bool, Field(description="beside the newest, the one at which the accuracy was highest")] = True
 
 
 class HttpSettings(Settings):
@@ -58,6 +59,9 @@ class Configuration(EngineSettings):
     threads: Annotated[
         int, Field(ge=0, le=1_024, description="of torch; 0 leaves it to torch. Small models are fastest on one")
     ] = 1
+    shutdown_timeout_seconds: Annotated[
+        float, Field(gt=0, description="for the last step and the last save, once asked to stop")
+    ] = 25.0
     feed: Part | None = None
     checkpoint: CheckpointSettings = CheckpointSettings()
     http: HttpSettings = HttpSettings()
@@ -109,7 +113,9 @@ RELOADABLE = frozenset(
         "checkpoint.every_records",
         "checkpoint.every_seconds",
         "checkpoint.keep",
+        "checkpoint.keep_best",
         "http.stalled_seconds",
+        "shutdown_timeout_seconds",
         "dead_letters.max_share",
     }
 )

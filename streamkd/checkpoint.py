@@ -1,8 +1,9 @@
 """The whole state on disk, or nothing: a directory written aside, hashed, and renamed.
 
 step-000000000123/
-    state.pt        tensors and plain values, readable with torch.load(weights_only=True)
-    about.json      for people and for checks at start: position, versions, a digest of the configuration
+    tensors.pt      models, optimizers, averages, statistics, detectors: readable with torch.load(weights_only=True)
+    memories.pt     likewise, the records remembered with their priorities
+    state.json      for people and for checks at start: position, versions, accuracy, a digest of the configuration
     MANIFEST.json   sha256 and size of every file; written last
 """
 
@@ -17,12 +18,12 @@ from typing import Any
 
 import torch
 
-from streamkd.errors import CheckpointError
+from streamkd.errors import DamagedError
 
-STATE = "state.pt"
-ABOUT = "about.json"
+PARTS = ("tensors", "memories")
+ABOUT = "state.json"
 MANIFEST = "MANIFEST.json"
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-\d{12}")
 
 
@@ -32,7 +33,7 @@ def save(directory: Path, step: int, state: Mapping[str, Any], about: Mapping[st
     Args:
         directory: of all checkpoints; made if it is not there.
         step: names the checkpoint; one of the same step is left alone if it is whole, and replaced if not.
-        state: plain values and tensors, in any nesting.
+        state: plain values and tensors, in any nesting, under `tensors` and `memories`: a file each.
         about: plain values, for people and for checks at start.
 
     Raises:
@@ -46,7 +47,8 @@ def save(directory: Path, step: int, state: Mapping[str, Any], about: Mapping[st
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        _write_tensors(aside / STATE, state)
+        for part in PARTS:
+            _write_tensors(aside / f"{part}.pt", state[part])
         _write_json(aside / ABOUT, {"format": FORMAT, "step": step, **about})
         _write_json(aside / MANIFEST, {file.name: _measure(file) for file in sorted(aside.iterdir())})
         for path in [*aside.iterdir(), aside]:
@@ -64,32 +66,37 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return `(state, about)` of one checkpoint, once every file has been found unchanged.
 
     Raises:
-        CheckpointError: a file is missing or differs from the manifest.
+        DamagedError: a file is missing, differs from the manifest, or holds more than tensors and plain values.
     """
     verify(path)
-    about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-    return torch.load(path / STATE, weights_only=True, map_location="cpu"), about
+    return {part: _read_tensors(path / f"{part}.pt") for part in PARTS}, about(path)
+
+
+def about(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself, unverified."""
+    said: dict[str, Any] = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+    return said
 
 
 def verify(path: Path) -> None:
     """Hold every file of a checkpoint against its manifest.
 
     Raises:
-        CheckpointError: names the file that is missing or differs.
+        DamagedError: names the file that is missing or differs.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name in sorted({STATE, ABOUT, *manifest}):
+        for name in sorted({*(f"{part}.pt" for part in PARTS), ABOUT, *manifest}):
             if _measure(path / name) != manifest.get(name):
-                raise CheckpointError(f"{path / name}: damaged; its sha256 is not the manifest's")
+                raise DamagedError(f"{path / name}: damaged; its sha256 is not the manifest's")
     except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a whole checkpoint: {error}") from None
+        raise DamagedError(f"{path}: not a whole checkpoint: {error}") from None
 
 
 def _whole(path: Path) -> bool:
     try:
         verify(path)
-    except CheckpointError:
+    except DamagedError:
         return False
     return True
 
@@ -125,15 +132,18 @@ def found(directory: Path) -> list[Path]:
     return sorted(named, reverse=True)
 
 
-def prune(directory: Path, keep: int) -> None:
+def prune(directory: Path, keep: int, *, best: bool = False) -> None:
     """Delete all but the newest `keep` checkpoints that are whole, and what earlier attempts left half-written.
 
-    Nothing is deleted while none is whole.
+    With `best`, that of the highest `accuracy` stays too. Nothing is deleted while none is whole.
     """
     whole = [path for path in found(directory) if _whole(path)]
+    kept = whole[:keep]
+    if best:
+        kept += sorted(whole, key=lambda path: float(about(path).get("accuracy", 0.0)))[-1:]
     if whole:
         for path in [*found(directory), *directory.glob(".step-*")]:
-            if path not in whole[:keep]:
+            if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -160,6 +170,14 @@ def _write_tensors(path: Path, state: Mapping[str, Any]) -> None:
             torch.save(dict(state), file)
     except RuntimeError as error:  # what torch makes of a disk that is full
         raise OSError(f"{path.name} could not be written: {error}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # noqa: BLE001 - a file may be wrong in many ways, each with an exception of its own
+        raise DamagedError(f"{path}: holds more than tensors and plain values, or is none: {error}") from None
+    return state
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -70,6 +70,7 @@ class Engine:
         self.steps = 0
         self.records = 0
         self.scored = 0
+        self.accuracy = 0.0  # of the served answer, running over 1,000 records
         self._lap = 0.0
         self._seconds: dict[str, float] = {}
 
@@ -156,10 +157,13 @@ class Engine:
         self.transfer.update(predicted, self.roles.teacher)
         self.seen[y.cpu()] = True
         self.scored += len(y)
+        served = answers.served.argmax(-1)
+        share = min(1.0, len(y) / min(self.scored, 1_000))
+        self.accuracy += share * (float((served == y).float().mean()) - self.accuracy)
         names = self.cohort.names
         return Scored(
             y,
-            {**dict(zip(names, predicted, strict=True)), SERVED: answers.served.argmax(-1)},
+            {**dict(zip(names, predicted, strict=True)), SERVED: served},
             {**dict(zip(names, -log_p[:peers], strict=True)), SERVED: served_loss},
         )
 
@@ -273,6 +277,7 @@ class Engine:
             faults=faults,
             classes=int(self.seen.sum()),
             rate=cohort.rate,
+            accuracy=self.accuracy,
             position=batch.position,
             served=said.served,
             scored=scored,
@@ -342,6 +347,7 @@ class Engine:
             "steps": self.steps,
             "records": self.records,
             "scored": self.scored,
+            "accuracy": self.accuracy,
             "chance": torch.get_rng_state(),  # dropout and the like draw from torch's own generator
         }
 
@@ -356,7 +362,8 @@ class Engine:
         self.inputs.load_state_dict(state["inputs"])
         self.transfer.load_state_dict(state["transfer"])
         self.seen = state["seen"]
-        self.steps, self.records, self.scored = state["steps"], state["records"], state["scored"]
+        self.steps, self.records = state["steps"], state["records"]
+        self.scored, self.accuracy = state["scored"], state["accuracy"]
         torch.set_rng_state(state["chance"])
 
 

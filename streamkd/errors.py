@@ -4,6 +4,7 @@ StreamkdError
  +- ConfigError      2  a setting, an argument or a model that does not fit
  +- FeedError        3  the feed cannot be reached or read at start
  +- CheckpointError  4  no checkpoint can be read, or it belongs to another configuration
+ |   +- DamagedError    one of them is not whole; the one before it may be
  +- TrainingError    5  learning cannot go on
 """
 
@@ -30,6 +31,10 @@ class CheckpointError(StreamkdError):
     """A checkpoint is damaged, or was written by another configuration."""
 
     exit_code = 4
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint is not what its manifest says, or holds what no checkpoint holds."""
 
 
 class TrainingError(StreamkdError):

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 SHARE = 0.1
 """By which one value may lengthen the sum of squares."""
 FEW = 32
@@ -16,9 +15,9 @@ class Standardiser:
     """Running mean and variance of each feature (Welford 1962, in Chan's batched form, 1979).
 
     A missing value (NaN) is replaced by the running mean, so it becomes zero. What lies further out than
-    `clip` standard deviations is clipped. So that no single value can spoil the scale for long, one that lies far out is
-    moved in before it is learned from: it may lengthen the sum of squares by a tenth. A scale that really changes is
-    followed all the same, by a tenth a record. Images `[n, channels, h, w]` have one mean a channel.
+    `clip` standard deviations is clipped. So that no single value can spoil the scale for long, one that lies far
+    out is moved in before it is learned from: it may lengthen the sum of squares by a tenth. A scale that really
+    changes is followed all the same, by a tenth a record. Images `[n, channels, h, w]` have one mean a channel.
 
     Args:
         clip: in standard deviations.

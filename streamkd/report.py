@@ -130,6 +130,7 @@ class Report:
         faults: labelled records that could not be.
         classes: classes seen so far.
         rate: factor on every learning rate, raised at an alarm and then fading to 1.
+        accuracy: of the served answer, running over 1,000 labelled records.
         position: where the feed stands after this batch.
         served: `[n, classes]`, probabilities, the answer that was given before any label of the batch was known.
         scored: the prequential score.
@@ -149,6 +150,7 @@ class Report:
     faults: tuple[Fault, ...]
     classes: int
     rate: float
+    accuracy: float
     position: Mapping[str, Any]
     served: Tensor
     scored: Scored
@@ -171,6 +173,7 @@ class Report:
             "step": self.step,
             "records": self.records,
             "classes": self.classes,
+            "accuracy": self.accuracy,
             "position": dict(self.position),
             "teacher": self.teacher,
             "peers": {

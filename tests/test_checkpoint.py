@@ -1,15 +1,19 @@
 import json
+import os
 import resource
 import shutil
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from streamkd import checkpoint
-from streamkd.errors import CheckpointError
+from streamkd.errors import DamagedError
 
-STATE = {"weights": torch.arange(1000.0), "nested": {"list": [1, 2.5, "three", None]}, "position": {"line": 7}}
+TENSORS = {"weights": torch.arange(1000.0), "nested": {"list": [1, 2.5, "three", None]}, "position": {"line": 7}}
+STATE = {"tensors": TENSORS, "memories": {"y": torch.arange(9)}}
 
 
 def saved(directory: Path, step: int = 3) -> Path:
@@ -18,12 +22,13 @@ def saved(directory: Path, step: int = 3) -> Path:
 
 def test_what_was_saved_is_what_is_loaded(tmp_path: Path) -> None:
     state, about = checkpoint.load(saved(tmp_path))
-    assert torch.equal(state["weights"], STATE["weights"])
-    assert state["nested"] == STATE["nested"]
+    assert torch.equal(state["tensors"]["weights"], TENSORS["weights"])
+    assert state["tensors"]["nested"] == TENSORS["nested"]
+    assert torch.equal(state["memories"]["y"], torch.arange(9))
     assert (about["step"], about["records"]) == (3, 48)
 
 
-@pytest.mark.parametrize("name", ["state.pt", "about.json", "MANIFEST.json"])
+@pytest.mark.parametrize("name", ["tensors.pt", "memories.pt", "state.json", "MANIFEST.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str, damage: str) -> None:
     path = saved(tmp_path)
@@ -33,7 +38,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str, damage: st
     (path / name).write_bytes(content[: len(content) // 2] if damage == "truncate" else content)
     if damage == "remove":
         (path / name).unlink()
-    with pytest.raises(CheckpointError, match=f"step-.*{name}|step-.*manifest|step-.*whole"):
+    with pytest.raises(DamagedError, match=f"step-.*{name}|step-.*manifest|step-.*whole"):
         checkpoint.load(path)
 
 
@@ -43,7 +48,7 @@ def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))
     try:
-        with pytest.raises(OSError, match=r"state\.pt|large"):
+        with pytest.raises(OSError, match=r"tensors\.pt|large"):
             saved(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -60,24 +65,24 @@ def test_the_newest_are_kept_in_order_of_their_steps(tmp_path: Path) -> None:
     for step in (9, 10, 100, 11):
         saved(tmp_path, step)
     checkpoint.prune(tmp_path, 2)
-    assert [json.loads((path / "about.json").read_text())["step"] for path in checkpoint.found(tmp_path)] == [100, 11]
+    assert [json.loads((path / "state.json").read_text())["step"] for path in checkpoint.found(tmp_path)] == [100, 11]
 
 
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_whole_one_left_alone(tmp_path: Path) -> None:
     path = saved(tmp_path)
     before = (path / "MANIFEST.json").stat().st_ino
     assert (saved(tmp_path) / "MANIFEST.json").stat().st_ino == before
-    (path / "state.pt").write_bytes(b"")
+    (path / "tensors.pt").write_bytes(b"")
     checkpoint.load(saved(tmp_path))
 
 
 def test_the_only_whole_checkpoint_is_never_pruned(tmp_path: Path) -> None:
     paths = [saved(tmp_path, step) for step in (1, 2, 3)]
     for damaged in paths[1:]:
-        (damaged / "state.pt").write_bytes(b"")
+        (damaged / "tensors.pt").write_bytes(b"")
     checkpoint.prune(tmp_path, 2)
     assert checkpoint.found(tmp_path) == paths[:1]
-    (paths[0] / "state.pt").write_bytes(b"")
+    (paths[0] / "tensors.pt").write_bytes(b"")
     checkpoint.prune(tmp_path, 1)
     assert checkpoint.found(tmp_path) == paths[:1]
 
@@ -85,7 +90,7 @@ def test_the_only_whole_checkpoint_is_never_pruned(tmp_path: Path) -> None:
 def test_a_manifest_that_leaves_a_file_out_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path)
     (path / "MANIFEST.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"about\.json"):
+    with pytest.raises(DamagedError, match=r"memories\.pt"):
         checkpoint.load(path)
 
 
@@ -120,3 +125,42 @@ def test_a_digest_tells_any_difference_and_no_order() -> None:
         {**one, "c": {"x": 1, "y": True}},
     ]
     assert len({checkpoint.digest(state) for state in [one, *others]}) == 7
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    for step, accuracy in enumerate([0.5, 0.9, 0.7, 0.6, 0.8], start=1):
+        checkpoint.save(tmp_path, step, STATE, {"accuracy": accuracy})
+        checkpoint.prune(tmp_path, 2, best=True)
+    assert [checkpoint.about(path)["step"] for path in checkpoint.found(tmp_path)] == [5, 4, 2]
+    checkpoint.prune(tmp_path, 2)
+    assert [checkpoint.about(path)["step"] for path in checkpoint.found(tmp_path)] == [5, 4]
+
+
+class Planted:
+    """A pickle of it makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("part", checkpoint.PARTS)
+def test_a_pickle_planted_in_a_checkpoint_does_not_run(tmp_path: Path, part: str) -> None:
+    mark = tmp_path / "ran"
+    path = saved(tmp_path / "saved")
+    torch.save({"y": Planted(mark)}, path / f"{part}.pt")
+    seal(path)
+    with pytest.raises(DamagedError, match=rf"{part}\.pt: holds more than tensors and plain values"):
+        checkpoint.load(path)
+    assert not mark.exists()
+    torch.load(path / f"{part}.pt", weights_only=False)  # it would have run
+    assert mark.exists()
+
+
+def seal(path: Path) -> None:
+    """Write a manifest that fits, as whoever plants something would."""
+    files = {file.name: file.read_bytes() for file in path.iterdir() if file.name != checkpoint.MANIFEST}
+    told = {name: {"sha256": sha256(raw).hexdigest(), "bytes": len(raw)} for name, raw in files.items()}
+    (path / checkpoint.MANIFEST).write_text(json.dumps(told), encoding="utf-8")

@@ -1,6 +1,7 @@
 """The commands as a user types them."""
 
 import json
+import pickle
 import re
 import signal
 import socket
@@ -16,6 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
+from test_checkpoint import Planted, seal
 
 from runners import cli
 from streamkd import checkpoint
@@ -278,12 +280,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     table(Path("d.csv"))
     assert run_once(monkeypatch, "checkpoint.every_records=200") == 0
     newest, before = checkpoint.found(Path("saved"))[:2]
-    (newest / "state.pt").write_bytes(b"nothing")
+    (newest / "tensors.pt").write_bytes(b"nothing")
     capsys.readouterr()
     assert run_once(monkeypatch) == 0
     log = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [entry["path"] for entry in log if entry["event"] == "checkpoint refused"] == [str(newest)]
     assert [entry["path"] for entry in log if entry["event"] == "restored"] == [str(before)]
+
+
+def test_a_pickle_planted_in_a_detector_does_not_run_and_the_checkpoint_before_is_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"))
+    assert run_once(monkeypatch, "checkpoint.every_records=200") == 0
+    newest, before = checkpoint.found(Path("saved"))[:2]
+    state, _ = checkpoint.load(newest)
+    planted = pickle.dumps(Planted(Path("ran")), protocol=4)
+    state["tensors"]["engine"]["drift"]["river"] = torch.frombuffer(bytearray(planted), dtype=torch.uint8)
+    torch.save(state["tensors"], newest / "tensors.pt")
+    seal(newest)
+    capsys.readouterr()
+    assert run_once(monkeypatch) == 0
+    log = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    (refused,) = [entry for entry in log if entry["event"] == "checkpoint refused"]
+    assert "is not a part of a drift detector" in refused["reason"]
+    assert [entry["path"] for entry in log if entry["event"] == "restored"] == [str(before)]
+    assert not Path("ran").exists()
 
 
 def test_no_whole_checkpoint_and_other_models_are_refused_with_exit_code_4(
@@ -296,7 +318,7 @@ def test_no_whole_checkpoint_and_other_models_are_refused_with_exit_code_4(
     message = capsys.readouterr().err
     assert "quick.1.weight: [128, 4] in the checkpoint, [32, 4] configured" in message
     for path in checkpoint.found(Path("saved")):
-        (path / "state.pt").write_bytes(b"nothing")
+        (path / "tensors.pt").write_bytes(b"nothing")
     assert run_once(monkeypatch) == 4
     assert "none of its 1 checkpoints is whole" in capsys.readouterr().err
 
@@ -385,6 +407,13 @@ def test_inspect_tells_what_is_in_the_newest_checkpoint(
     assert streamkd(monkeypatch, "inspect", "one") == 0
     assert "every file is as the manifest says" in capsys.readouterr().out
     assert streamkd(monkeypatch, "inspect", "nowhere") == 4
+    newest = checkpoint.found(Path("one"))[0]
+    (newest / "memories.pt").unlink()
+    capsys.readouterr()
+    assert streamkd(monkeypatch, "inspect", "one", "--json") == 4
+    said = json.loads(capsys.readouterr().out)
+    assert (said["path"], said["verified"]) == (str(newest), False)
+    assert "memories.pt" in said["reason"]
 
 
 def test_help_comes_without_the_heavy_libraries() -> None:

@@ -70,7 +70,7 @@ def test_counters_add_up_to_what_the_reports_said() -> None:
     for batch in batches(late=True):
         reports.append(made.step(batch))
         metrics.observe(reports[-1], now=1000.0)
-        metrics.observe_refused({"width": len(reports)})
+        metrics.observe_refused({"width": len(reports)}, unwritten=0)
     read = metrics.registry.get_sample_value
     assert read("streamkd_steps_total") == len(reports)
     assert read("streamkd_feed_records_total", {"feed": "file"}) == 1600

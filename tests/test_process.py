@@ -1,10 +1,13 @@
 """A well-behaved process: told to systemd, to scripts, and in logs that do not drown anyone."""
 
 import json
-import os
+import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from runners.feeds import DeadLetter
 from runners.notify import notify
 from runners.settings import DeadLetterSettings
 from runners.shipped import shipped
+from streamkd import checkpoint
 from streamkd.errors import ConfigError
 
 
@@ -121,14 +125,63 @@ def test_a_feed_of_broken_rows_stops_the_run_on_one_screen(
     assert "Traceback" not in message
 
 
-@pytest.mark.skipif(os.geteuid() != 0 and not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_dead_letters_that_cannot_be_written_are_counted_and_told() -> None:
-    letters = DeadLetters(DeadLetterSettings(path=Path("/dev/full"), max_bytes=0), "csv")
+def test_dead_letters_wait_for_a_disk_that_is_full_and_are_written_whole() -> None:
+    letters = DeadLetters(DeadLetterSettings(path=Path("refused")), "csv")
     letters(letter(1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (Path("refused").stat().st_size + 20, before[1]))
+    try:
+        for number in (2, 3):
+            letters(letter(number))
+        with pytest.raises(OSError, match=r"refused: .*File too large"):
+            letters.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert letters.total == 3
+    assert letters.failures == 3
+    assert [json.loads(line)["line"] for line in Path("refused").read_text(encoding="utf-8").splitlines()] == [1]
+    letters(letter(4))
     letters.flush()
-    assert letters.total == 1
-    assert "No space left" in letters.failure
     letters.close()
+    assert letters.failure == ""
+    written = [json.loads(line) for line in Path("refused").read_text(encoding="utf-8").splitlines()]
+    assert [entry["line"] for entry in written] == [1, 2, 3, 4]
+    assert b64decode(written[0]["raw_base64"]) == b"1,\xff\n"
+
+
+def test_no_checkpoint_passes_a_dead_letter_that_is_not_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"), 400)
+    with Path("d.csv").open("a", encoding="utf-8") as file:
+        file.write("broken\n")
+    overrides = ("dead_letters.path=/dev/full", "dead_letters.max_bytes=0", "checkpoint.every_records=100")
+    assert run_once(monkeypatch, *overrides) == 4
+    log = capsys.readouterr().err
+    assert "dead letters not written" in log
+    assert "No space left" in log
+    (newest, *_) = checkpoint.found(Path("saved"))
+    assert checkpoint.about(newest)["position"]["line"] < 402
+    assert run_once(monkeypatch) == 0
+    (letter_,) = Path("dead-letters.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(letter_)["raw"] == "broken\n"
+
+
+def test_a_last_save_that_takes_too_long_is_not_waited_for(tmp_path: Path) -> None:
+    table(Path("d.csv"), 4_000)
+    slow = (
+        "import sys, time; from runners import cli; from streamkd import checkpoint; save = checkpoint.save;"
+        "checkpoint.save = lambda *given: time.sleep(60) or save(*given);"
+        "sys.argv = ['streamkd', *sys.argv[1:]]; cli.main()"
+    )
+    pairs = ["feed.path=d.csv", "feed.label=y", "http.port=0", "shutdown_timeout_seconds=0.5"]
+    command = [sys.executable, "-c", slow, "run", "default", *(f"--set={pair}" for pair in pairs)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as daemon:
+        told(daemon, "listening")
+        time.sleep(0.5)
+        daemon.send_signal(signal.SIGTERM)
+        assert told(daemon, "not stopped in time")["covered"] == 0
+        assert daemon.wait(timeout=20) == 4
 
 
 def test_a_warning_is_not_repeated_at_once_and_tells_how_often_it_was_kept_back(

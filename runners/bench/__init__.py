@@ -1,0 +1,1 @@
+"""Benchmarks: claims that a user can check, each a command of `streamkd bench`."""

@@ -1,0 +1,198 @@
+"""`streamkd bench kill`: runs killed at any moment, resumed, and held against one that was never disturbed."""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import chdir
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from runners import cli
+from runners.feeds.drifting import drifting
+from runners.shipped import shipped
+from streamkd import checkpoint
+from streamkd.errors import ConfigError, StreamkdError
+
+RECORDS = 2_400
+LAST_OPERATION = 40
+"""A save and the pruning after it touch fewer files than this, one after the other."""
+TABLE = Path("table.csv")
+SETTINGS = (
+    "http.port=0",
+    "log.level=error",
+    "checkpoint.every_records=160",
+    "checkpoint.keep=2",
+    "labels.delay=40",
+    "deterministic=true",
+    # Alarms and swaps that come easily: the law says something only if there is something to forget.
+    "drift.detector={kind='adwin', delta=0.2, clock=4, grace_period=4}",
+    "peers.0.optimizer.lr=0.01",  # the first teacher is the slowest
+    "roles.every=8",
+    "roles.tenure=8",
+    "roles.margin=0.0",
+    "roles.confidence=0.5",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of the killed runs of one configuration.
+
+    Attributes:
+        kills: runs that were killed.
+        inside: of them, right before an operation on a file of a checkpoint.
+        ends: runs, each resumed after its kills, that came to the end of the feed.
+        equal: of them, with the digest of the run that was never disturbed.
+    """
+
+    kills: int
+    inside: int
+    ends: int
+    equal: int
+
+
+def main(configurations: Sequence[str], *, kills: int, seed: int, console: Console) -> None:
+    """Kill runs of each configuration, print what became of them.
+
+    Raises:
+        StreamkdError: one did not end where the undisturbed one ended.
+    """
+    unknown = [name for name in configurations if name not in shipped()]
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: no shipped configuration of that name; there are {', '.join(shipped())}")
+    made = Table("configuration", "kills", "inside a save", "runs to the end", "digest equal", box=None, pad_edge=False)
+    unequal = 0
+    with Progress(console=console) as progress:
+        for name in configurations or sorted(shipped()):
+            task = progress.add_task(name, total=kills)
+            with TemporaryDirectory() as folder, chdir(folder):
+                outcome = kill_loop(name, kills, seed, lambda task=task: progress.advance(task))  # type: ignore[misc]
+            made.add_row(name, *map(str, (outcome.kills, outcome.inside, outcome.ends, outcome.equal)))
+            unequal += outcome.ends - outcome.equal
+    console.print(made)
+    if unequal:
+        raise StreamkdError(f"{unequal} runs did not end where the undisturbed one ended")
+
+
+def kill_loop(configuration: str, kills: int, seed: int, killed: Callable[[], None] = lambda: None) -> Outcome:
+    """Run a configuration in the current folder, again and again, killing it every time; then let it end.
+
+    Every other kill comes right before an operation on a file of a checkpoint, one operation later each time; the
+    others come at random moments. A run that gets to the end before its time is compared, and begun anew.
+
+    Args:
+        configuration: name of a shipped one.
+        kills: how many.
+        seed: of the moments.
+        killed: called after each.
+    """
+    write_table(TABLE)
+    began = time.monotonic()
+    if ended(in_a_child(*arguments(configuration, Path("undisturbed")))):
+        raise StreamkdError(f"{configuration}: the run that nobody disturbs did not end well")
+    whole = time.monotonic() - began
+    wanted = digest(Path("undisturbed"))
+    chance = random.Random(seed)  # noqa: S311 - not for secrets
+    folder = Path("killed")
+    command = arguments(configuration, folder)
+    inside = ends = equal = done = operation = 0
+    while True:
+        if done == kills:
+            pid = in_a_child(*command)
+        elif done % 2:
+            pid = in_a_child(*command)
+            time.sleep(chance.uniform(0.02, 0.25) * whole)
+            os.kill(pid, signal.SIGKILL)
+        else:
+            operation = operation % LAST_OPERATION + 1
+            pid = in_a_child(*command, prepare=partial(die_before, operation, folder))
+        status = ended(pid)
+        if status == -signal.SIGKILL:
+            inside += not done % 2
+            done += 1
+            killed()
+        elif status == 0:
+            ends += 1
+            equal += digest(folder) == wanted
+            if done == kills:
+                return Outcome(kills, inside, ends, equal)
+            shutil.rmtree(folder)
+        else:
+            raise StreamkdError(f"{configuration}: a run ended with {status} after {done} kills")
+
+
+def arguments(configuration: str, directory: Path) -> list[str]:
+    """Return the command line of a run that saves its checkpoints in `directory`."""
+    given = [*SETTINGS, f"checkpoint.directory={directory}"]
+    if configuration == "demo":
+        given += [f"feed.records={RECORDS}"]
+    else:
+        given += [f"feed.path={TABLE}", "feed.label=y"]
+    return ["run", configuration, *(f"--set={setting}" for setting in given)]
+
+
+def write_table(path: Path) -> None:
+    """Write a stream that drifts as CSV."""
+    feed = drifting(records=RECORDS)
+    batch = feed.poll(RECORDS)
+    rows = [] if batch is None else zip(batch.x.tolist(), batch.y.tolist(), strict=True)
+    header = ",".join([*(f"x{column}" for column in range(feed.shape[0])), "y"])
+    path.write_text("\n".join([header, *(",".join(map(str, [*x, y])) for x, y in rows)]) + "\n", encoding="utf-8")
+
+
+def in_a_child(*arguments: str, prepare: Callable[[], None] = lambda: None) -> int:
+    """Start a command in a forked process, which has everything imported already; return its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        prepare()
+        sys.argv = ["streamkd", *arguments]
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        os._exit(code)
+
+
+def die_before(operation: int, folder: Path) -> None:
+    """Arrange for SIGKILL right before an operation on a file within `folder`: the first, the second..."""
+    left = operation
+
+    def look(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        if event in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"} and _within(arguments[0], folder):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+def _within(path: Any, folder: Path) -> bool:
+    return isinstance(path, (str, Path)) and folder in [Path(path), *Path(path).parents]
+
+
+def digest(directory: Path) -> str:
+    """Return the digest of the newest checkpoint."""
+    state, _ = checkpoint.load(checkpoint.found(directory)[0])
+    return checkpoint.digest(state)
+
+
+def ended(pid: int) -> int:
+    """Wait for a child; return its exit code, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,0 +1,77 @@
+"""`streamkd bench soak`: do memory and time stay flat, however long the stream?"""
+
+import os
+from contextlib import chdir, closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from runners import logs, session
+from runners.daemon import Daemon, Observer
+from runners.settings import load
+from streamkd.report import Report
+
+PARTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A tenth of the stream: `records` learned at its end, resident `memory` then in bytes, median step in seconds."""
+
+    records: int
+    memory: int
+    step: float
+
+
+def main(records: int, batch: int, console: Console) -> None:
+    """Learn a long stream, and print what each tenth of it took."""
+    with Progress(console=console) as progress:
+        task = progress.add_task(f"{records:,} records", total=records)
+        stretches = soak(records, batch, lambda report: progress.update(task, completed=report.records))
+    made = Table("records", "resident memory", "a step, median", box=None, pad_edge=False)
+    for stretch in stretches:
+        made.add_row(f"{stretch.records:,}", f"{stretch.memory / 2**20:,.1f} MiB", f"{1e3 * stretch.step:.3f} ms")
+    console.print(made)
+    console.print(
+        f"after the first tenth: memory {100 * growth([s.memory for s in stretches]):+.2f} %, "
+        f"step {100 * growth([s.step for s in stretches]):+.2f} % in the last tenth against the second"
+    )
+
+
+def soak(records: int, batch: int, observe: Observer = lambda _: None) -> list[Stretch]:
+    """Run the daemon with all that belongs to it (metrics, server, checkpoints) on a made-up stream.
+
+    Args:
+        records: of the stream, which drifts four times.
+        batch: records a step.
+        observe: called with every report.
+    """
+    stretches: list[Stretch] = []
+    steps: list[float] = []
+
+    def keep(report: Report) -> None:
+        steps.append(sum(report.seconds.values()))
+        observe(report)
+        if report.records * PARTS >= records * (len(stretches) + 1):
+            stretches.append(Stretch(report.records, resident(), median(steps)))
+            steps.clear()
+
+    settings = [f"feed.records={records}", f"batch={batch}", "http.port=0", f"checkpoint.every_records={records // 50}"]
+    with TemporaryDirectory() as folder, chdir(folder), closing(session.start(load("demo", settings))) as running:
+        Daemon(running, logs.configure("error"), keep).run()
+    return stretches
+
+
+def growth(values: list[float]) -> float:
+    """Return by which share the last tenth lies above the second; the first is for warming up."""
+    return values[-1] / values[1] - 1
+
+
+def resident() -> int:
+    """Return the resident memory of this process, in bytes."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
