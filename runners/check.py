@@ -1,6 +1,7 @@
 """Would it run? The configuration resolved, the first records read, the models tried on them."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import tomli_w
@@ -19,6 +20,7 @@ from streamkd import checkpoint
 from streamkd.batch import UNLABELLED, Batch
 from streamkd.config import build_engine
 from streamkd.engine import Engine
+from streamkd.errors import DamagedError
 
 FIRST_RECORDS = 3
 MOST_COLUMNS = 6
@@ -36,9 +38,10 @@ def check(configuration: Configuration, console: Console) -> None:
     feed = configuration.open_feed(refused.append)
     try:
         engine = build_engine(configuration, feed.shape)
-        batch = feed.poll(FIRST_RECORDS)
+        few = configuration.model_copy(update={"batch": FIRST_RECORDS})
+        running = session.Session(few, feed, engine, DeadLetters(configuration.dead_letters, "check"))
+        batch = running.poll()
         description = feed.describe()
-        running = session.Session(configuration, feed, engine, DeadLetters(configuration.dead_letters, "check"))
         _try_process(running)
         if batch is not None:
             running.step(batch)
@@ -64,8 +67,12 @@ def _try_process(running: session.Session) -> None:
     http, directory = running.configuration.http, running.configuration.checkpoint.directory
     listen(http.host, http.port).close()
     saver.probe(directory)
-    for path in checkpoint.found(directory)[:1]:
-        saver.check_same(checkpoint.load(path)[1], running, path)
+    for path in checkpoint.found(directory):
+        with suppress(DamagedError):  # a run would go on from the one before
+            saver.check_same(checkpoint.load(path)[1], running, path)
+            return
+    if checkpoint.found(directory):
+        raise saver.none_whole(directory)
 
 
 def _without_none(value: Any) -> Any:

@@ -121,11 +121,11 @@ class Daemon:
         }
 
     def _loop(self) -> None:
-        feed, engine = self._session.feed, self._session.engine
+        engine = self._session.engine
         self._last_line = engine.records
         position: Mapping[str, Any] = {}
         while not self._stop:
-            batch = feed.poll(self._settings.batch)
+            batch = self._session.poll()
             self._progress()
             if self._hung_up:
                 self._take_over()

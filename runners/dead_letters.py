@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runners.feeds import DeadLetter
-from streamkd.errors import ConfigError
+from streamkd.errors import ConfigError, short
 
 if TYPE_CHECKING:
     from runners.settings import DeadLetterSettings
@@ -160,11 +160,16 @@ def probe(path: Path) -> None:
     Raises:
         ConfigError: it could not.
     """
+    if not can_be_written(path) or path.is_dir():
+        raise ConfigError(f"dead_letters.path = {short(str(path))}: cannot be written; name a file that can")
+
+
+def can_be_written(path: Path) -> bool:
+    """Say whether a file or folder could be written, or else made."""
     try:
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        target = path if path.exists() else folder
-        writable = not path.is_dir() and folder.is_dir() and os.access(target, os.W_OK) and "\0" not in str(path)
+        nearest = next(place for place in [path.absolute(), *path.absolute().parents] if place.exists())
+        return (
+            (nearest == path.absolute() or nearest.is_dir()) and os.access(nearest, os.W_OK) and "\0" not in str(path)
+        )
     except OSError:  # no file system has room for such a name
-        writable = False
-    if not writable:
-        raise ConfigError(f"dead_letters.path = {str(path)!r}: cannot be written; name a file that can")
+        return False

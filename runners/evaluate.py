@@ -86,7 +86,7 @@ def evaluate(configuration: Configuration, progress: Callable[[float, int], None
     try:
         tally, trace = Tally(), Trace()
         began = time.perf_counter()
-        while (batch := running.feed.poll(configuration.batch)) is not None:
+        while (batch := running.poll()) is not None:
             if not len(batch) and not batch.late:
                 continue
             report = running.step(batch)

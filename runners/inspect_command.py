@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from streamkd import checkpoint
 from streamkd.errors import CheckpointError
@@ -52,20 +53,20 @@ def _newest(directory: Path) -> Path:
 
 
 def _print(found: dict[str, Any], console: Console) -> None:
-    overview = Table(title=found["path"], title_justify="left", show_header=False)
+    overview = Table(title=Text(found["path"]), title_justify="left", show_header=False)
     for key in ("step", "records", "accuracy", "teacher", "digest", "configuration"):
-        overview.add_row(key, str(found[key]))
+        overview.add_row(key, Text(str(found[key])))
     overview.add_row("verified", "every file is as the manifest says")
     for key in ("versions", "position", "files"):
         for name, value in found[key].items():
-            overview.add_row(f"{key}: {name}", _short(value))
+            overview.add_row(Text(f"{key}: {name}"), Text(_short(value)))
     console.print(overview)
     peers = Table(title="Peers", title_justify="left")
     for heading in ("", "accuracy %", "loss", "parameters"):
         peers.add_column(heading, justify="right" if heading else "left")
     for name, figures in found["peers"].items():
         accuracy, loss = 100 * figures["accuracy"], figures["loss"]
-        peers.add_row(name, f"{accuracy:.1f}", f"{loss:.3f}", f"{figures['parameters']:,}")
+        peers.add_row(Text(name), f"{accuracy:.1f}", f"{loss:.3f}", f"{figures['parameters']:,}")
     console.print(peers)
 
 

@@ -55,7 +55,7 @@ def draw(path: Path, tally: Tally, trace: Trace, *, title: str, drifts: Sequence
     axes.set_xlabel("records learned")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylabel(f"accuracy over the last {WINDOW:,} records, %")
-    axes.set_title(title, loc="left")
+    axes.set_title(title, loc="left", parse_math=False)
     axes.margins(x=0.01)
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,5 @@
 """Checkpoints of a running engine: staged between two batches, written on a thread, taken up again at start."""
 
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -15,14 +14,12 @@ from structlog.stdlib import BoundLogger
 
 from monitoring.metrics import Metrics, unsound
 from runners import session
+from runners.dead_letters import can_be_written
 from runners.session import Session
 from runners.settings import Configuration
 from streamkd import checkpoint
 from streamkd.engine import Engine
-from streamkd.errors import CheckpointError, ConfigError, DamagedError
-
-MOST_LINES = 12
-"""Of a difference between two architectures, in a message."""
+from streamkd.errors import CheckpointError, ConfigError, DamagedError, one_screen, short
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +87,7 @@ class Saver:
             self._log.info("restored", path=str(path), records=self._session.engine.records)
             return
         if candidates:
-            raise CheckpointError(
-                f"checkpoint.directory = {str(self.settings.directory)!r}: none of its {len(candidates)} checkpoints "
-                "is whole; restore one from a backup, or start afresh in an empty directory"
-            )
+            raise none_whole(self.settings.directory)
 
     def _read(self, path: Path) -> Mapping[str, Any]:
         """Put the engine into the state of a checkpoint; return the feed's position.
@@ -202,6 +196,14 @@ class Saver:
         return time.monotonic() + (self.settings.every_seconds or float("inf"))
 
 
+def none_whole(directory: Path) -> CheckpointError:
+    """Return what is said of a directory in which every checkpoint is damaged."""
+    return CheckpointError(
+        f"checkpoint.directory = {str(directory)!r}: none of its {len(checkpoint.found(directory))} checkpoints is "
+        "whole; restore one from a backup, or start afresh in an empty directory"
+    )
+
+
 def describe(running: Session, position: Mapping[str, Any]) -> dict[str, Any]:
     """Return what people, and checks at start, want to know of a checkpoint."""
     engine = running.engine
@@ -252,13 +254,11 @@ def check_same(about: Mapping[str, Any], running: Session, path: Path) -> None:
         CheckpointError: says where they differ.
     """
     wanted = {"settings": state_bearing(running.configuration), **architecture(running.engine)}
-    saved = {"settings": about["settings"], **about["models"]}
+    saved = {"settings": about.get("settings", {}), **about.get("models", {})}
     lines = list(_differences(saved, wanted))
     if lines:
-        more = len(lines) - MOST_LINES
-        shown = "\n".join(lines[:MOST_LINES] + ([f"  and {more} more"] if more > 0 else []))
         raise CheckpointError(
-            f"{path}: was made by another configuration\n{shown}\n"
+            f"{path}: was made by another configuration\n{one_screen(lines)}\n"
             "give back the old settings, or start afresh with another checkpoint.directory"
         )
 
@@ -279,8 +279,7 @@ def probe(directory: Path) -> None:
     Raises:
         ConfigError: they could not.
     """
-    folder = next(parent for parent in [directory.absolute(), *directory.absolute().parents] if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not can_be_written(directory) or (directory.exists() and not directory.is_dir()):
         raise ConfigError(
-            f"checkpoint.directory = {str(directory)!r}: cannot be written; name a folder that can, or can be made"
+            f"checkpoint.directory = {short(str(directory))}: cannot be written; name a folder that can, or can be made"
         )

@@ -15,7 +15,7 @@ from runners.settings import Configuration
 from streamkd.batch import Batch
 from streamkd.config import build_engine
 from streamkd.engine import Engine
-from streamkd.errors import TrainingError
+from streamkd.errors import FeedError, StreamkdError, TrainingError, reason
 from streamkd.report import Fault, Report
 
 
@@ -28,6 +28,19 @@ class Session:
     engine: Engine
     dead_letters: DeadLetters
 
+    def poll(self) -> Batch | None:
+        """Return what the feed gives next; None at its end.
+
+        Raises:
+            FeedError: whatever went wrong in it.
+        """
+        try:
+            return self.feed.poll(self.configuration.batch)
+        except StreamkdError:
+            raise
+        except Exception as error:
+            raise FeedError(f"feed: cannot be read on: {reason(error)}; mend it, and start again") from error
+
     def step(self, batch: Batch) -> Report:
         """Take one step of the engine; records that break the peers go to the dead letters.
 
@@ -39,9 +52,8 @@ class Session:
         try:
             report = self.engine.step(batch)
         except Exception as error:
-            reason = (str(error) or repr(error)).splitlines()[0]
             raise TrainingError(
-                f"step {self.engine.steps} on {len(batch)} records: {type(error).__name__}: {reason}; "
+                f"step {self.engine.steps} on {len(batch)} records: {reason(error)}; "
                 "a model, loss or schedule of your own may be at fault; streamkd check tries them"
             ) from error
         for fault in report.faults:

@@ -12,7 +12,7 @@ from runners.feeds import KINDS, Feed, Refuse
 from runners.feeds.delayed import Delayed
 from runners.shipped import shipped
 from streamkd.config import make
-from streamkd.errors import ConfigError, FeedError, StreamkdError
+from streamkd.errors import ConfigError, FeedError, StreamkdError, reason
 from streamkd.settings import EngineSettings, Part, Settings, validate
 
 
@@ -29,7 +29,7 @@ class CheckpointSettings(Settings):
 class HttpSettings(Settings):
     """Where /metrics, /healthz and /readyz answer."""
 
-    host: str = "127.0.0.1"
+    host: Annotated[str, Field(pattern=r"^[\w.:%-]+$", max_length=253)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535, description="0 picks a free one and logs it")] = 9464
     stalled_seconds: Annotated[
         float, Field(gt=0, description="/healthz fails when the loop has made no progress for this long")
@@ -94,10 +94,7 @@ class Configuration(EngineSettings):
         except StreamkdError:
             raise
         except Exception as error:  # whatever a feed of the user's own does
-            reason = (str(error) or repr(error)).splitlines()[0]
-            raise FeedError(
-                f"feed.kind = {self.feed.kind!r}: cannot be opened: {type(error).__name__}: {reason}"
-            ) from error
+            raise FeedError(f"feed.kind = {self.feed.kind!r}: cannot be opened: {reason(error)}") from error
         missing = [name for name in FEED if not hasattr(feed, name)]
         if missing:
             raise ConfigError(f"feed.kind = {self.feed.kind!r}: not a feed; it has no {', '.join(missing)}")

@@ -5,6 +5,7 @@ keys of the table are its keyword arguments, checked against its signature.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
@@ -19,7 +20,7 @@ from streamkd import drift, losses, models, replay, schedules
 from streamkd.batch import Output
 from streamkd.cohort import Distillation
 from streamkd.engine import Engine
-from streamkd.errors import ConfigError
+from streamkd.errors import ConfigError, one_screen, reason
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Pending
 from streamkd.peer import MakeOptimizer, Peer
@@ -54,7 +55,7 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
         distillation=Distillation(
             scheme=rule.scheme,
             cap=rule.cap,
-            loss=partial(find(rule.loss, losses, "distillation.loss"), **rule.loss.options),
+            loss=_loss(rule.loss, settings.max_classes),
             temperature=_schedule(rule.temperature, "distillation.temperature", least=1e-3),
             alpha=_schedule(rule.alpha, "distillation.alpha"),
             beta=_schedule(rule.beta, "distillation.beta"),
@@ -104,6 +105,19 @@ def _schedule(part: Part, key: str, least: float = 0.0) -> schedules.Schedule:
     return schedule
 
 
+def _loss(part: Part, classes: int) -> losses.Loss:
+    key = "distillation.loss"
+    loss: losses.Loss = partial(find(part, losses, key), **part.options)
+    said = Output(torch.eye(2, classes).expand(1, 2, classes))
+    value = _tried(lambda: loss(said, said, torch.zeros(2, dtype=torch.int64), torch.ones(1, 1)), part, key)
+    found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+    if found != [1, 2]:
+        raise ConfigError(
+            f"{key} = {_shown(part)}: gives {found} for a pair of peers and two records; [1, 2] is needed, a loss each"
+        )
+    return loss
+
+
 def _detector(part: Part) -> drift.DriftDetector:
     detector: drift.DriftDetector = make(part, drift, "drift.detector")
     missing = [name for name in ("update", "state_dict", "load_state_dict", "width") if not hasattr(detector, name)]
@@ -120,8 +134,7 @@ def _tried(call: Callable[[], Any], part: Part, key: str) -> Any:
     except (ConfigError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of river's compiled detectors is no Exception
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise ConfigError(f"{key} = {_shown(part)}: {type(error).__name__}: {reason}") from error
+        raise ConfigError(f"{key} = {_shown(part)}: {reason(error)}") from error
 
 
 def _static_office(scheme: str) -> dict[str, str]:
@@ -200,10 +213,12 @@ def _optimizer(part: Part, key: str) -> MakeOptimizer:
             raise ConfigError(f"{key}.{name}: no such option of {part.kind}{did_you_mean(name, _parameters(factory))}")
 
     def build(parameters: Any) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = _tried(lambda: factory(parameters, **options), part, key)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        if not all(0 <= rate < float("inf") for rate in rates):
-            raise ConfigError(f"{key}.lr = {rates[0]}: not a finite rate")
+        optimizer = _tried(lambda: factory(parameters, **options), part, key)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ConfigError(f"{key}.kind = {part.kind!r}: made a {type(optimizer).__name__}, not a torch Optimizer")
+        for name, value in ((name, value) for group in optimizer.param_groups for name, value in group.items()):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{key}.{name} = {value}: not a finite number")
         return optimizer
 
     return build
@@ -224,7 +239,7 @@ def make(part: Part, family: ModuleType | Mapping[str, str], key: str, **given: 
     try:
         return checked(**passed, **part.options)
     except ValidationError as error:
-        raise ConfigError("\n".join(complaints(error, key))) from None
+        raise ConfigError(one_screen(complaints(error, key))) from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key} = {_shown(part)}: {error}") from None
 
@@ -263,11 +278,14 @@ def imported(name: str, key: str) -> Callable[..., Any]:
     """Import `module:Name`."""
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(import_module(module), attribute)
-    except AttributeError:
-        raise ConfigError(f"{key} = {name!r}: there is no {attribute} in {module}") from None
-    except Exception as error:  # whatever the module does when it is imported
-        raise ConfigError(f"{key} = {name!r}: cannot be imported: {type(error).__name__}: {error}") from error
+        inside = import_module(module)
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        raise ConfigError(f"{key} = {name!r}: cannot be imported: {reason(error)}") from error
+    found = getattr(inside, attribute, None)
+    if found is None:
+        raise ConfigError(
+            f"{key} = {name!r}: there is no {attribute} in {module}{did_you_mean(attribute, vars(inside))}"
+        )
     if not callable(found):
         raise ConfigError(f"{key} = {name!r}: is not a function or class")
     return cast("Callable[..., Any]", found)

@@ -8,6 +8,10 @@ StreamkdError
  +- TrainingError    5  learning cannot go on
 """
 
+from collections.abc import Iterable
+
+MOST_LINES = 12
+
 
 class StreamkdError(Exception):
     """A mistake that names its key, its value and its remedy; never shown with a traceback."""
@@ -41,3 +45,22 @@ class TrainingError(StreamkdError):
     """Learning cannot go on."""
 
     exit_code = 5
+
+
+def one_screen(lines: Iterable[str]) -> str:
+    """Join the first lines of a message, and say how many more there are."""
+    told = list(lines)
+    more = len(told) - MOST_LINES
+    return "\n".join(told[:MOST_LINES] + ([f"and {more} more"] if more > 0 else []))
+
+
+def short(value: object, most: int = 80) -> str:
+    """Return a value as it would be written, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def reason(error: BaseException) -> str:
+    """Return what went wrong in code that is not ours, on one line."""
+    said = (str(error) or repr(error)).splitlines()[0]
+    return f"{type(error).__name__}: {said}"

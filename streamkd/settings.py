@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from streamkd.errors import ConfigError
+from streamkd.errors import ConfigError, one_screen, short
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -101,14 +101,14 @@ class ServedSettings(Settings):
 class ReplaySettings(Settings):
     """The memory, and how it is rehearsed."""
 
-    capacity: Count = 2_000
+    capacity: Annotated[int, Field(ge=0, le=10_000_000)] = 2_000
     alpha: Share = 0.6
     beta: Share = 0.4
     beta_records: Positive = 20_000
     evict: Literal["ring", "lowest", "reservoir"] = "ring"
     cap: Annotated[float, Field(gt=0, le=1)] = 0.95
     updates: Annotated[int, Field(ge=1, le=64, description="optimizer steps a batch")] = 2
-    records: Annotated[int, Field(ge=0, description="memories drawn for each update")] = 32
+    records: Annotated[int, Field(ge=0, le=65_536, description="memories drawn for each update")] = 32
     window: Annotated[int, Field(ge=0, description="least records drawn from; 0: all of the buffer")] = 256
 
 
@@ -164,7 +164,7 @@ def validate(model: type[AnySettings], data: Mapping[str, Any]) -> AnySettings:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(complaints(error, "", model))) from None
+        raise ConfigError(one_screen(complaints(error, "", model))) from None
 
 
 def complaints(error: ValidationError, prefix: str, model: type[BaseModel] | None = None) -> Iterator[str]:
@@ -188,7 +188,7 @@ def complaints(error: ValidationError, prefix: str, model: type[BaseModel] | Non
             yield f"{key}: missing; set it"
         else:
             message = problem["msg"][:1].lower() + problem["msg"][1:]
-            yield f"{key} = {problem['input']!r}: {message}"
+            yield f"{key} = {short(problem['input'])}: {message}"
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

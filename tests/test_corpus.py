@@ -447,12 +447,12 @@ def wrong(setting: str, *words: str, **more: Any) -> Mistake:
     return Mistake(f"{setting:.60}", settings=(setting,), words=(key, *words), **more)
 
 
-def own(name: str, code: str, *words: str, **more: Any) -> Mistake:
-    """Return a case of a model of the user's own, named `Own` in a module of its own."""
-    module = f"own_{name.replace(' ', '_')}"
+def own(name: str, code: str, *words: str, key: str = "peers.0.model", **more: Any) -> Mistake:
+    """Return a case of a part of the user's own, a model if no `key` says else, named `Own` in a module of its own."""
+    module = f"own_{name.replace(' ', '_').replace(chr(39), '')}"
     return Mistake(
         name,
-        settings=(f"peers.0.model={{ kind = '{module}:Own' }}",),
+        settings=(f"{key}={{ kind = '{module}:Own' }}",),
         words=words,
         beside={f"{module}.py": code.encode()},
         **more,
@@ -472,6 +472,15 @@ class Own(torch.nn.Linear):
         if len(x) > 10:
             raise ZeroDivisionError("worn out")
         return super().forward(x)
+"""
+
+FAILING = b"""
+class Own(DriftingFeed):
+    def __init__(self, path):
+        super().__init__(100, 0)
+
+    def poll(self, records):
+        raise RuntimeError("no server")
 """
 
 CONFIGURATIONS = [
@@ -512,8 +521,8 @@ CONFIGURATIONS = [
     Mistake(
         "a negative rate", settings=("peers.0.optimizer.lr=-1",), words=("peers.0.optimizer", "lr = -1", "Invalid")
     ),
-    wrong("peers.0.optimizer.lr=nan", "not a finite rate"),
-    wrong("peers.0.optimizer.lr=inf", "not a finite rate"),
+    wrong("peers.0.optimizer.lr=nan", "not a finite number"),
+    wrong("peers.0.optimizer.lr=inf", "not a finite number"),
     wrong("peers.0.optimizer.kind=sdg", "no such optimizer", "did you mean sgd?"),
     wrong("peers.0.name=two", "taken"),
     wrong("peers.0.name=served", "taken"),
@@ -583,6 +592,33 @@ CONFIGURATIONS = [
         settings=("feed.kind=own_list:Own",),
         words=("feed.kind = 'own_list:Own'", "no name, shape, poll"),
         beside={"own_list.py": b"def Own(path):\n    return [path]\n"},
+    ),
+    own("an optimizer that is none", "def Own(p): return 7", "made a int, not a torch Opt", key="peers.0.optimizer"),
+    own("a loss that is none", "def Own(*said): return 7", "gives int", "a loss each", key="distillation.loss"),
+    own("a loss that fails", "def Own(*said): return 1 / 0", "ZeroDivisionError", key="distillation.loss"),
+    own("a module that ends the process", "import sys\nsys.exit(3)", "cannot be imported: SystemExit"),
+    own("a module with much to say", "raise ValueError('one\\n' * 60)", "cannot be imported: ValueError: one"),
+    own("a module that lacks something", "import math\nmath.nothing", "has no attribute 'nothing'"),
+    own("a name misspelt", "def Owner(): return 1", "there is no Own in", "did you mean Owner?"),
+    wrong("peers.0.optimizer={ kind = 'sgd', lr = 0.1, momentum = nan }", "momentum = nan", "not a finite"),
+    wrong("peers.0.optimizer={ kind = 'sgd', lr = 0.1, weight_decay = inf }", "weight_decay = inf"),
+    wrong("batch=" + "q" * 5_000, "integer"),
+    Mistake(
+        "200 wrong peers",
+        settings=("peers=[" + "{ name = 3, model = 3 }, " * 200 + "]",),
+        words=("peers.0.name", "and 388 more"),
+    ),
+    wrong("replay.capacity=100000000000", "less than or equal to"),
+    wrong("replay.records=100000000000", "less than or equal to"),
+    wrong("checkpoint.directory=" + "x" * 300, "cannot be written", codes=NOT_EVAL),
+    wrong('checkpoint.directory="a\\u0000b"', "cannot be written", codes=NOT_EVAL),
+    wrong('http.host="a\\u0000b"', "pattern"),
+    Mistake(
+        "a feed of one's own that breaks off",
+        codes=(2, 3, 3),
+        settings=("feed.kind=own_fails:Own",),
+        words=("feed: cannot be read on: RuntimeError: no server",),
+        beside={"own_fails.py": b"from runners.feeds.drifting import DriftingFeed\n\n" + FAILING},
     ),
     Mistake("no equals sign", settings=("batch",), words=("batch", "key.path=value")),
 ]

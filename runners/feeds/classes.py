@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from runners.feeds.decode import RefusedError, short
-from streamkd.errors import CheckpointError, ConfigError
+from runners.feeds.decode import RefusedError
+from streamkd.errors import CheckpointError, ConfigError, one_screen, short
 
 
 class ClassMap:
@@ -60,13 +60,9 @@ class ClassMap:
                 lines = [f"  class {k}: {was!r} in the checkpoint, {now!r} configured" for k, was, now in apart + gone]
                 raise CheckpointError(
                     "feed.classes: is not the checkpoint's class map\n"
-                    + "\n".join(lines[:MOST_LINES])
+                    + one_screen(lines)
                     + "\ngive back the old order, or start afresh with another checkpoint.directory"
                 )
         else:
             self.labels = list(labels)
         self._index = {label: index for index, label in enumerate(self.labels)}
-
-
-MOST_LINES = 12
-"""Of a difference between two class maps, in a message."""

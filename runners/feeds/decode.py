@@ -8,7 +8,7 @@ from zlib import crc32
 
 import numpy as np
 
-from streamkd.errors import ConfigError
+from streamkd.errors import ConfigError, short
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
@@ -169,9 +169,3 @@ def _parsed(cell: object) -> float:
 def _listed(names: Sequence[str], most: int = 12) -> str:
     shown = ", ".join(short(name) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def short(value: object, most: int = 40) -> str:
-    """Return a value as it is written, cut to what a message has room for."""
-    text = repr(value)
-    return text if len(text) <= most else text[:most] + "..."
