@@ -23,7 +23,7 @@ from monitoring.health import STATES
 from streamkd.peer import Peer
 from streamkd.report import SERVED, PeerReport, Report
 
-PHASES = ("predict", "score", "adapt", "recall", "learn", "remember")
+PHASES = ("predict", "score", "adapt", "recall", "learn", "remember", "checkpoint")
 SWAP_REASONS = ("drift", "periodic")
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0)
 RECORDS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -222,6 +222,10 @@ class Metrics:
         for name, gauge in self._states.items():
             gauge.set(name == state)
         self._feed_connected.set(state == "running")
+
+    def observe_stage(self, seconds: float) -> None:
+        """Take in for how long learning waited for a checkpoint: for a copy in memory, not for the disk."""
+        self._phase["checkpoint"].observe(seconds)
 
     def observe_save(self, *, seconds: float, size: int, now: float) -> None:
         """Take in a checkpoint that was saved."""

@@ -150,7 +150,7 @@ class Saver:
             )
 
     def _stage(self) -> None:
-        engine = self._session.engine
+        engine, began = self._session.engine, time.perf_counter()
         self._next_records = engine.records + self.settings.every_records
         self._next_time = self._time_of_next()
         try:
@@ -165,6 +165,7 @@ class Saver:
         )
         about = describe(self._session, self.position)
         self._writing = self._thread.submit(self._write, engine.steps, state, about)
+        self._metrics.observe_stage(time.perf_counter() - began)
 
     def _write(self, step: int, state: Mapping[str, Any], about: Mapping[str, Any]) -> Saved:
         began = time.perf_counter()

@@ -16,6 +16,7 @@ import structlog
 from test_commands import fetched, run_once, started, table, told
 
 from runners import logs
+from runners.bench.soak import growth, soak
 from runners.dead_letters import DeadLetters
 from runners.feeds import DeadLetter
 from runners.notify import notify
@@ -199,3 +200,11 @@ def test_a_warning_is_not_repeated_at_once_and_tells_how_often_it_was_kept_back(
     warnings = [(entry["second"], entry.get("suppressed")) for entry in entries if entry["event"] == "disk full"]
     assert warnings == [(0, None), (10, 9), (20, 9)]
     assert len([entry for entry in entries if entry["event"] == "progress"]) == 25
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_however_long_the_stream() -> None:
+    stretches, held = soak(records=100_000, batch=64)
+    assert len(stretches) == 10
+    assert growth([stretch.memory for stretch in stretches]) < 0.02
+    assert held > 0

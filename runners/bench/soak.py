@@ -17,6 +17,8 @@ from runners.settings import load
 from streamkd.report import Report
 
 PARTS = 10
+SAVES = 50
+WAITED, PHASE = "streamkd_step_duration_seconds", {"phase": "checkpoint"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +34,28 @@ def main(records: int, batch: int, console: Console) -> None:
     """Learn a long stream, and print what each tenth of it took."""
     with Progress(console=console) as progress:
         task = progress.add_task(f"{records:,} records", total=records)
-        stretches = soak(records, batch, lambda report: progress.update(task, completed=report.records))
+        stretches, held = soak(records, batch, lambda report: progress.update(task, completed=report.records))
     made = Table("records", "resident memory", "a step, median", box=None, pad_edge=False)
     for stretch in stretches:
         made.add_row(f"{stretch.records:,}", f"{stretch.memory / 2**20:,.1f} MiB", f"{1e3 * stretch.step:.3f} ms")
     console.print(made)
+    console.print(f"a save held learning up by {1e3 * held:.2f} ms, the mean of {SAVES}")
     console.print(
         f"after the first tenth: memory {100 * growth([s.memory for s in stretches]):+.2f} %, "
         f"step {100 * growth([s.step for s in stretches]):+.2f} % in the last tenth against the second"
     )
 
 
-def soak(records: int, batch: int, observe: Observer = lambda _: None) -> list[Stretch]:
+def soak(records: int, batch: int, observe: Observer = lambda _: None) -> tuple[list[Stretch], float]:
     """Run the daemon with all that belongs to it (metrics, server, checkpoints) on a made-up stream.
 
     Args:
         records: of the stream, which drifts four times.
         batch: records a step.
         observe: called with every report.
+
+    Returns:
+        The tenths of the stream, and for how many seconds a save held learning up, in the mean.
     """
     stretches: list[Stretch] = []
     steps: list[float] = []
@@ -61,10 +67,17 @@ def soak(records: int, batch: int, observe: Observer = lambda _: None) -> list[S
             stretches.append(Stretch(report.records, resident(), median(steps)))
             steps.clear()
 
-    settings = [f"feed.records={records}", f"batch={batch}", "http.port=0", f"checkpoint.every_records={records // 50}"]
+    settings = [
+        f"feed.records={records}",
+        f"batch={batch}",
+        "http.port=0",
+        f"checkpoint.every_records={records // SAVES}",
+    ]
     with TemporaryDirectory() as folder, chdir(folder), closing(session.start(load("demo", settings))) as running:
-        Daemon(running, logs.configure("error"), keep).run()
-    return stretches
+        daemon = Daemon(running, logs.configure("error"), keep)
+        daemon.run()
+        waited = [daemon.metrics.registry.get_sample_value(f"{WAITED}_{part}", PHASE) for part in ("sum", "count")]
+    return stretches, (waited[0] or 0.0) / (waited[1] or 1.0)
 
 
 def growth(values: list[float]) -> float:
