@@ -14,6 +14,7 @@ from streamkd.logits import UNSEEN, cross_entropy, mask_unseen
 from streamkd.losses import Loss, kd
 from streamkd.peer import Peer
 from streamkd.report import SERVED
+from streamkd.river_peer import RiverPeer
 from streamkd.schedules import Schedule, Signals, competence, constant, loss_driven
 
 STUCK = 8
@@ -111,7 +112,7 @@ class Cohort:
     size of the hard gradient on every record; then one backward pass serves all peers.
     """
 
-    def __init__(self, peers: Sequence[Peer], distillation: Distillation | None = None) -> None:
+    def __init__(self, peers: Sequence[Peer | RiverPeer], distillation: Distillation | None = None) -> None:
         self.peers = list(peers)
         if len({peer.name for peer in self.peers}) < len(self.peers):
             raise ValueError(f"peers need names of their own; these are {[peer.name for peer in self.peers]}")
@@ -189,6 +190,12 @@ class Cohort:
         self._mend(teacher)
         self.updates += 1
         return learned
+
+    def absorb(self, x: Tensor, y: Tensor, *, teacher: int) -> None:
+        """Let the peers that learn record by record have the records `x` `[n, ...]` with their labels `y` `[n]`."""
+        for index, peer in enumerate(self.peers):
+            if isinstance(peer, RiverPeer) and not self._frozen(index, teacher):
+                peer.absorb(x, y)
 
     def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Bring every peer its gradient, clipped; take no step yet."""
@@ -346,17 +353,21 @@ class Cohort:
     def _mend(self, teacher: int) -> None:
         """Roll a peer that stays non-finite back; if that was no help, give it the weights of one that is well."""
         for peer in self.peers:
-            if peer.stuck >= STUCK and peer.good:
+            if isinstance(peer, RiverPeer) or peer.stuck < STUCK:
+                continue
+            if peer.good:
                 peer.roll_back()
-            elif peer.stuck >= STUCK:
-                healthy = [self.peers[teacher], *self.peers]
-                peer.restart(next((other for other in healthy if not other.stuck), peer))
+            else:
+                others = [other for other in (self.peers[teacher], *self.peers) if isinstance(other, Peer)]
+                peer.restart(next((other for other in others if not other.stuck), peer))
 
     def _alertness(self) -> float:
         """1 at an alarm, halving every `boost_half_life` updates."""
         return float(0.5 ** ((self.updates - self.drift_update) / self.distillation.boost_half_life))
 
     def _signals(self, student: int, teacher: int, classes: int) -> Signals:
+        capacity, teacher_capacity = self.peers[student].capacity, self.peers[teacher].capacity
+        known = capacity and teacher_capacity
         return Signals(
             update=self.updates,
             updates_since_drift=self.updates - self.drift_update,
@@ -365,8 +376,8 @@ class Cohort:
             teacher_loss=float(self.losses[teacher]),
             accuracy=float(self.accuracies[student]),
             teacher_accuracy=float(self.accuracies[teacher]),
-            capacity=self.peers[student].capacity,
-            teacher_capacity=self.peers[teacher].capacity,
+            capacity=capacity if known else 1,
+            teacher_capacity=teacher_capacity if known else 1,
         )
 
     def state_dict(self) -> dict[str, Any]:

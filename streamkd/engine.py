@@ -1,6 +1,7 @@
 """One batch through all of it: predict, join, score, adapt, recall, learn, remember, report."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import nan
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from streamkd.logits import mask_unseen
 from streamkd.peer import Peer
 from streamkd.replay import Memories, Recall, ReplayBuffer
 from streamkd.report import SERVED, DriftReport, Fault, PeerReport, ReplayReport, Report, Scored, SwapReport
+from streamkd.river_peer import RiverPeer
 from streamkd.roles import Election, Swap
 from streamkd.served import FLOOR, Served
 from streamkd.transfer import TransferEfficiency
@@ -40,7 +42,7 @@ class Engine:
 
     def __init__(
         self,
-        peers: Sequence[Peer],
+        peers: Sequence[Peer | RiverPeer],
         classes: int,
         *,
         distillation: Distillation | None = None,
@@ -236,6 +238,7 @@ class Engine:
             )
             faulty[new[[row for row in result.faulty if row < len(new)]]] = True
             learned.append(result)
+        self.cohort.absorb(x[~faulty], answers.y[~faulty], teacher=self.roles.teacher)
         return learned, faulty
 
     def _shares(self, records: int) -> Tensor:
@@ -324,7 +327,7 @@ class Engine:
                 skipped=peer.skipped,
                 rollbacks=peer.rollbacks,
                 restarts=peer.restarts,
-                capacity_ratio=peer.capacity / capacity,
+                capacity_ratio=peer.capacity / capacity if peer.capacity and capacity else nan,
                 transfer_efficiency=transferred[i],
             )
             for i, (peer, (hard, soft, total, divergence, norm)) in enumerate(

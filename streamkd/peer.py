@@ -68,6 +68,11 @@ class Peer:
         self.average.requires_grad_(requires_grad=False)
         self.average.eval()
 
+    @property
+    def learns_by(self) -> str:
+        """Optimizer and learning rates, for people."""
+        return f"{type(self.optimizer).__name__} at {', '.join(f'{rate:g}' for rate in self.rates)}"
+
     def to(self, device: torch.device) -> "Peer":
         """Move the model and its average; call before the first update."""
         self._device = device
@@ -141,6 +146,10 @@ class Peer:
     def _buffers(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Buffers as they were after the last step, of which the average has copies, and as they are."""
         return zip(self.average.module.buffers(), self.module.buffers(), strict=True)
+
+    def shapes(self) -> dict[str, Any]:
+        """Return what must be the same for a checkpoint to fit: the shape of every weight, by name."""
+        return {name: list(weight.shape) for name, weight in self.module.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, average, optimizer and counters."""

@@ -296,14 +296,14 @@ def test_a_pickle_planted_in_a_detector_does_not_run_and_the_checkpoint_before_i
     newest, before = checkpoint.found(Path("saved"))[:2]
     state, _ = checkpoint.load(newest)
     planted = pickle.dumps(Planted(Path("ran")), protocol=4)
-    state["tensors"]["engine"]["drift"]["river"] = torch.frombuffer(bytearray(planted), dtype=torch.uint8)
+    state["tensors"]["engine"]["drift"]["river"]["body"] = torch.frombuffer(bytearray(planted), dtype=torch.uint8)
     torch.save(state["tensors"], newest / "tensors.pt")
     seal(newest)
     capsys.readouterr()
     assert run_once(monkeypatch) == 0
     log = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     (refused,) = [entry for entry in log if entry["event"] == "checkpoint refused"]
-    assert "is not a part of a drift detector" in refused["reason"]
+    assert "is not a part of river's objects" in refused["reason"]
     assert [entry["path"] for entry in log if entry["event"] == "restored"] == [str(before)]
     assert not Path("ran").exists()
 
