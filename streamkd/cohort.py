@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamkd.batch import Output
+from streamkd.batch import Output, labelled
 from streamkd.logits import UNSEEN, cross_entropy, mask_unseen
 from streamkd.losses import Loss, kd
 from streamkd.peer import Peer
@@ -39,6 +39,9 @@ class Distillation:
         cap: on no record may the distillation's gradient at the logits outweigh the label's.
         burn_in: updates before any distillation.
         freeze_after: for `static`, in updates.
+        unlabelled: the weight of records that will never have a label, from which all peers learn the served answer
+            where it gives a class at least `confidence` (Lee 2013, softly). 0: nothing is learned from them.
+        confidence: likewise.
         temperature_boost, rate_boost: factors on temperature and learning rate at an alarm, fading by half every
             `boost_half_life` updates.
     """
@@ -52,6 +55,8 @@ class Distillation:
     cap: bool = True
     burn_in: int = 10
     freeze_after: int = 1_000
+    unlabelled: float = 1.0
+    confidence: float = 0.8
     temperature_boost: float = 1.0
     rate_boost: float = 1.0
     boost_half_life: int = 32
@@ -59,11 +64,20 @@ class Distillation:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Lesson:
-    """What one update learns from: `x` `[m, ...]` ready for the models, labels `y` `[m]`, weights `[m]`."""
+    """What one update learns from.
+
+    Attributes:
+        x: `[m, ...]`, ready for the models.
+        y: `[m]`, class indices, or `UNLABELLED`.
+        weights: `[m]`.
+        targets: `[m, classes]`, probabilities, for examples without a label; rows of the others are passed over. None
+            where every example has a label.
+    """
 
     x: Tensor
     y: Tensor
     weights: Tensor
+    targets: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -71,7 +85,8 @@ class Lesson:
     def rows(self, rows: Sequence[int]) -> "Lesson":
         """Return the chosen examples."""
         index = torch.tensor(rows, device=self.y.device)
-        return Lesson(self.x[index], self.y[index], self.weights[index])
+        targets = None if self.targets is None else self.targets[index]
+        return Lesson(self.x[index], self.y[index], self.weights[index], targets)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -213,6 +228,9 @@ class Cohort:
             room = gradient.norm(dim=-1) / soft_gradient.norm(dim=-1).clamp(min=1e-12)
             share = room.clamp(max=1.0) if self.distillation.cap else torch.ones_like(room)
             gradient = gradient + soft_gradient * share[..., None]
+        known = labelled(lesson.y)
+        if lesson.targets is not None:  # the gradient of KL(target || answer) where there is no label
+            gradient = torch.where(known[:, None], gradient, leaf.detach().softmax(-1) - lesson.targets)
         logits.backward(gradient * lesson.weights[:, None])  # type: ignore[no-untyped-call]
         norms = torch.tensor(
             [0.0 if self._frozen(index, teacher) else peer.clip_gradient() for index, peer in enumerate(self.peers)]
@@ -220,7 +238,7 @@ class Cohort:
         answers = leaf.detach().argmax(-1)
         return Learned(
             losses=hard.nanmean(0),
-            hard=hard.mean(1),
+            hard=hard.sum(1) / known.sum().clamp(min=1),
             soft=soft.mean(1),
             total=((betas * hard + soft) * lesson.weights).sum(1),
             divergence=divergence.mean(1),

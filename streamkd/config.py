@@ -65,6 +65,8 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
             gate=rule.gate,
             burn_in=rule.burn_in,
             freeze_after=rule.freeze_after,
+            unlabelled=rule.unlabelled,
+            confidence=rule.confidence,
             **boosts,
         ),
         replay=replay.ReplayBuffer(**memory, evict=getattr(replay, rehearsal.evict), seed=settings.seed + 1_000_003),

@@ -438,3 +438,18 @@ def test_time_is_not_of_the_essence() -> None:
     assert set(engine().step(batches()[0]).seconds.values()) == {0.0}
     ticking = engine(clock=time.perf_counter)
     assert min(ticking.step(batches()[0]).seconds.values()) > 0
+
+
+def test_labels_that_are_never_revealed_are_scored_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"), 1_600)
+    few = ("eval", "default", "d.csv", "--label", "y", "--labels", "0.1", "--json", "-")
+    assert streamkd(monkeypatch, *few) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["records"], found["labelled"]) == (1_600, 1_600)
+    assert 1_300 < found["unlabelled"] < 1_550
+    assert found["accuracy"] > 0.6
+    assert streamkd(monkeypatch, *few, "--set", "labels.delay=3") == 2
+    assert streamkd(monkeypatch, *few[:-3], "0") == 2
+    assert "--labels 0" in capsys.readouterr().err
