@@ -1,7 +1,7 @@
 """One model, its optimizer, and the running average of its weights."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, cast
 
