@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import tomli_w
@@ -13,7 +15,7 @@ from rich.text import Text
 
 from monitoring.server import listen
 from runners import saver, session
-from runners.dead_letters import DeadLetters
+from runners.dead_letters import DeadLetters, probe
 from runners.feeds import DeadLetter
 from runners.settings import Configuration
 from streamkd import checkpoint
@@ -39,12 +41,16 @@ def check(configuration: Configuration, console: Console) -> None:
     try:
         engine = build_engine(configuration, feed.shape)
         few = configuration.model_copy(update={"batch": FIRST_RECORDS})
-        running = session.Session(few, feed, engine, DeadLetters(configuration.dead_letters, "check"))
-        batch = running.poll()
-        description = feed.describe()
+        probe(configuration.dead_letters.path)
+        with TemporaryDirectory() as folder:  # what is only tried leaves no trace
+            elsewhere = configuration.dead_letters.model_copy(update={"path": Path(folder, "dead-letters")})
+            running = session.Session(few, feed, engine, DeadLetters(elsewhere, "check"))
+            batch = running.poll()
+            description = feed.describe()
+            if batch is not None:
+                running.step(batch)
+            running.dead_letters.close()
         _try_process(running)
-        if batch is not None:
-            running.step(batch)
     finally:
         feed.close()
     resolved = tomli_w.dumps(_without_none(configuration.model_dump(mode="json")))
@@ -69,7 +75,8 @@ def _try_process(running: session.Session) -> None:
     saver.probe(directory)
     for path in checkpoint.found(directory):
         with suppress(DamagedError):  # a run would go on from the one before
-            saver.check_same(checkpoint.load(path)[1], running, path)
+            _, about = checkpoint.load(path)
+            saver.check_same(about, about["position"], running, path)
             return
     if checkpoint.found(directory):
         raise saver.none_whole(directory)

@@ -13,7 +13,7 @@ from typing import Any
 from structlog.stdlib import BoundLogger
 
 from monitoring.health import Health
-from monitoring.metrics import Metrics
+from monitoring.metrics import Metrics, unsound
 from monitoring.server import Server
 from runners import logs
 from runners.feeds import REASONS
@@ -25,6 +25,8 @@ from streamkd.engine import Engine
 from streamkd.errors import CheckpointError, ConfigError, StreamkdError
 from streamkd.report import SERVED, Report
 
+INTERRUPTED = 130
+"""Exit code after a second signal, as a shell would give it."""
 IDLE_SECONDS = 0.05
 """How long to wait when the feed has nothing yet."""
 Observer = Callable[[Report], None]
@@ -62,6 +64,7 @@ class Daemon:
         self._last_line = 0
         self._latest: Report | None = None
         self._told = 0.0
+        self._unsound: dict[str, dict[str, int]] = {}
         self.on_listening: Callable[[int], None] = lambda _: None
         engine, watch = running.engine, running.engine.drift
         self.health = Health(time.monotonic, self._settings.http.stalled_seconds)
@@ -174,6 +177,7 @@ class Daemon:
             )
         if report.swap is not None:
             self._log.info("role swap", before=report.swap.before, after=report.swap.after, reason=report.swap.reason)
+        self._tell_of_unsound(report)
         every = self._settings.log.every_records
         if every and report.records // every > self._last_line // every:
             self._log.info(
@@ -188,11 +192,23 @@ class Daemon:
             )
         self._last_line = report.records
 
+    def _tell_of_unsound(self, report: Report) -> None:
+        if report.faults:
+            self._log.warning("records not learned", records=len(report.faults), reason="an update is not finite")
+        for name, peer in report.peers.items():
+            counts = unsound(peer)
+            for action, before in self._unsound.get(name, counts).items():
+                if counts[action] > before:
+                    self._log.warning(f"steps not finite: {action}", peer=name, so_far=counts[action])
+            self._unsound[name] = counts
+
     def _enter(self, state: str) -> None:
         self.health.state = state
         self.metrics.observe_state(state)
 
     def _ask_to_stop(self) -> None:
+        if self._stop and self._saver:
+            os._exit(INTERRUPTED)  # not even for a save: what is on the disk is whole at any moment
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True

@@ -130,11 +130,15 @@ class DeadLetters:
         path = self.settings.path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            before = path.stat().st_size if path.exists() else 0
+            record = logging.makeLogRecord({"msg": "%s", "args": (line,)})
+            rotate = self._file.shouldRollover(record)
+            if rotate and self._file.stream is not None:
+                os.fsync(self._file.stream.fileno())  # it will not be seen again
+            before = path.stat().st_size if path.exists() and not rotate else 0
         except OSError as error:
             self.failure = f"{path}: {error.strerror}"
             return
-        self._file.handle(logging.makeLogRecord({"msg": "%s", "args": (line,)}))
+        self._file.handle(record)
         if self.failure:
             with suppress(OSError):
                 self._file.close()  # what its buffer holds still waits here

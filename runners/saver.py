@@ -1,5 +1,7 @@
 """Checkpoints of a running engine: staged between two batches, written on a thread, taken up again at start."""
 
+import fcntl
+import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +20,7 @@ from runners.dead_letters import can_be_written
 from runners.session import Session
 from runners.settings import Configuration
 from streamkd import checkpoint
-from streamkd.errors import CheckpointError, ConfigError, DamagedError, one_screen, short
+from streamkd.errors import CheckpointError, ConfigError, DamagedError, one_screen, reason, short
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +63,13 @@ class Saver:
         self._failure = ""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[Saved] | None = None
-        self._next_records = self.settings.every_records
-        self._next_time = self._time_of_next()
+        self._refused: set[Path] = set()
+        self._staged_records, self._staged_at = 0, time.monotonic()
         self._covered_steps = 0
         self.covered = 0
         self.position: Mapping[str, Any] = {}
         probe(self.settings.directory)
+        self._lock = _sole(self.settings.directory)
 
     def restore(self) -> None:
         """Go on from the newest checkpoint that is whole; from the beginning, if there is none at all.
@@ -80,8 +83,8 @@ class Saver:
                 position = self._read(path)
             except DamagedError as error:
                 self._log.error("checkpoint refused", path=str(path), reason=str(error))
+                self._refused.add(path)
                 continue
-            self._session.feed.seek(position)
             self._take_up(position, "fallback" if attempt else "success")
             self._log.info("restored", path=str(path), records=self._session.engine.records)
             return
@@ -89,27 +92,27 @@ class Saver:
             raise none_whole(self.settings.directory)
 
     def _read(self, path: Path) -> Mapping[str, Any]:
-        """Put the engine into the state of a checkpoint; return the feed's position.
+        """Put feed and engine into the state of a checkpoint; return the feed's position.
 
         Raises:
             DamagedError: it is not whole, or is not what it says it is.
             CheckpointError: it is of other models.
         """
         state, about = checkpoint.load(path)
-        check_same(about, self._session, path)
+        position: Mapping[str, Any] = state["tensors"]["position"]
+        check_same(about, position, self._session, path)
         learned = {**state["tensors"]["engine"], "replay": state["memories"]}
         try:
             self._session.engine.load_state_dict(learned)
         except Exception as error:
             raise DamagedError(f"{path}: cannot be restored: {type(error).__name__}: {error}") from error
-        position: Mapping[str, Any] = state["tensors"]["position"]
         return position
 
     def _take_up(self, position: Mapping[str, Any], result: str) -> None:
         engine = self._session.engine
         self.position = position
         self.covered, self._covered_steps = engine.records, engine.steps
-        self._next_records = engine.records + self.settings.every_records
+        self._staged_records = engine.records
         self._metrics.observe_restore(
             result,
             unsound={
@@ -126,8 +129,13 @@ class Saver:
             self._collect()
         records = self._session.engine.records
         self._metrics.uncovered.set(records - self.covered)
-        if self._writing is None and (records >= self._next_records or time.monotonic() >= self._next_time):
+        if self._writing is None and self._due(records):
             self._stage()
+
+    def _due(self, records: int) -> bool:
+        every = self.settings  # which a reload may change
+        late = every.every_seconds and time.monotonic() - self._staged_at >= every.every_seconds
+        return bool(late) or records - self._staged_records >= every.every_records
 
     def close(self, *, save: bool) -> None:
         """Wait for the save that is under way; with `save`, make a last one of all that was learned since.
@@ -142,6 +150,7 @@ class Saver:
             self._stage()
             self._collect()
         self._thread.shutdown()
+        os.close(self._lock)
         if save and engine.steps > self._covered_steps:
             raise CheckpointError(
                 f"checkpoint.directory = {str(self.settings.directory)!r}: the last save failed ({self._failure}); "
@@ -150,8 +159,7 @@ class Saver:
 
     def _stage(self) -> None:
         engine, began = self._session.engine, time.perf_counter()
-        self._next_records = engine.records + self.settings.every_records
-        self._next_time = self._time_of_next()
+        self._staged_records, self._staged_at = engine.records, time.monotonic()
         try:
             self._session.dead_letters.flush()
         except OSError as error:
@@ -170,30 +178,56 @@ class Saver:
         began = time.perf_counter()
         path = checkpoint.save(self.settings.directory, step, state, about)
         size = sum(file.stat().st_size for file in path.iterdir())
-        checkpoint.prune(self.settings.directory, self.settings.keep, best=self.settings.keep_best)
+        self._refused.discard(path)  # it was replaced
+        settings = self.settings
+        checkpoint.prune(settings.directory, settings.keep, best=settings.keep_best, refused=self._refused)
         return Saved(path, step, about["records"], about["position"], size, time.perf_counter() - began)
 
     def _collect(self) -> None:
         writing, self._writing = self._writing, None
         try:
             saved = writing.result() if writing else None
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - a feed of one's own may have a position that cannot be written
             self._fail(error)
             return
         if saved is not None:
             self.covered, self._covered_steps = saved.records, saved.steps
             self._metrics.uncovered.set(self._session.engine.records - self.covered)
-            self._session.feed.commit(saved.position)
+            self._commit(saved.position)
             self._metrics.observe_save(seconds=saved.seconds, size=saved.size, now=time.time())
             self._log.info("checkpoint", path=str(saved.path), records=saved.records, bytes=saved.size)
 
-    def _fail(self, error: OSError) -> None:
-        self._failure = str(error)
-        self._metrics.observe_failed_save()
-        self._log.error("checkpoint failed", directory=str(self.settings.directory), reason=str(error))
+    def _commit(self, position: Mapping[str, Any]) -> None:
+        try:
+            self._session.feed.commit(position)
+        except Exception as error:  # noqa: BLE001 - what is not told now is told with the next checkpoint
+            self._log.error("commit failed", reason=reason(error))
 
-    def _time_of_next(self) -> float:
-        return time.monotonic() + (self.settings.every_seconds or float("inf"))
+    def _fail(self, error: Exception) -> None:
+        self._failure = str(error) if isinstance(error, OSError) else reason(error)
+        self._metrics.observe_failed_save()
+        self._log.error("checkpoint failed", directory=str(self.settings.directory), reason=self._failure)
+
+
+def _sole(directory: Path) -> int:
+    """Keep all other processes off a directory, until the handle that is returned is closed.
+
+    Raises:
+        ConfigError: another one keeps us off, or the directory cannot be made.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise ConfigError(f"checkpoint.directory = {short(str(directory))}: {error.strerror}; name another") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise ConfigError(
+            f"checkpoint.directory = {short(str(directory))}: another process saves there; end it, or name another"
+        ) from None
+    return handle
 
 
 def none_whole(directory: Path) -> CheckpointError:
@@ -231,23 +265,32 @@ def describe(running: Session, position: Mapping[str, Any]) -> dict[str, Any]:
 def state_bearing(configuration: Configuration) -> dict[str, str]:
     """Return the settings that a checkpoint's state depends on; all others may change between two runs."""
     return {
+        "feed.kind": configuration.feed.kind if configuration.feed else "",
+        "labels.delay": "some" if configuration.labels.delay else "none",
         "max_classes": str(configuration.max_classes),
         "inputs.standardise": str(configuration.inputs.standardise),
         "replay.capacity": str(configuration.replay.capacity),
-        "drift.detector.kind": configuration.drift.detector.kind,
+        "drift.detector": str(configuration.drift.detector.model_dump()),
         **{f"peers.{peer.name}.optimizer.kind": peer.optimizer.kind for peer in configuration.peers},
     }
 
 
-def check_same(about: Mapping[str, Any], running: Session, path: Path) -> None:
-    """Refuse a checkpoint whose state would not fit.
+def check_same(about: Mapping[str, Any], position: Mapping[str, Any], running: Session, path: Path) -> None:
+    """Refuse a checkpoint whose state would not fit, and let the feed go to its position.
+
+    Settings come first, then the feed with its columns and classes, then the shapes of the models: what is told is
+    near to what was changed.
 
     Raises:
         CheckpointError: says where they differ.
+        FeedError: what is to be read on is not what it was.
     """
-    models = {peer.name: peer.shapes() for peer in running.engine.cohort.peers}
-    wanted = {"settings": state_bearing(running.configuration), **models}
-    saved = {"settings": about.get("settings", {}), **about.get("models", {})}
+    _refuse_other({"settings": about["settings"]}, {"settings": state_bearing(running.configuration)}, path)
+    running.seek(position)
+    _refuse_other(about["models"], {peer.name: peer.shapes() for peer in running.engine.cohort.peers}, path)
+
+
+def _refuse_other(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
     lines = list(_differences(saved, wanted))
     if lines:
         raise CheckpointError(

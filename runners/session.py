@@ -1,12 +1,14 @@
 """What every command that learns has in common: torch set up, a feed opened, an engine built for it."""
 
 import json
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import torch
 
 from runners.dead_letters import DeadLetters
@@ -15,7 +17,7 @@ from runners.settings import Configuration
 from streamkd.batch import Batch
 from streamkd.config import build_engine
 from streamkd.engine import Engine
-from streamkd.errors import FeedError, StreamkdError, TrainingError, reason
+from streamkd.errors import CheckpointError, FeedError, StreamkdError, TrainingError, reason
 from streamkd.report import Fault, Report
 
 
@@ -41,6 +43,22 @@ class Session:
         except Exception as error:
             raise FeedError(f"feed: cannot be read on: {reason(error)}; mend it, and start again") from error
 
+    def seek(self, position: Mapping[str, Any]) -> None:
+        """Let the feed go on after the batch that carried `position`.
+
+        Raises:
+            CheckpointError: it cannot make anything of it.
+        """
+        try:
+            self.feed.seek(position)
+        except StreamkdError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"feed: cannot go to the checkpoint's position: {reason(error)}; is it of another feed? Give back its "
+                "settings, or start afresh with another checkpoint.directory"
+            ) from error
+
     def step(self, batch: Batch) -> Report:
         """Take one step of the engine; records that break the peers go to the dead letters.
 
@@ -61,18 +79,25 @@ class Session:
         return report
 
     def close(self) -> None:
-        """Let go of the feed and the dead letters."""
-        self.feed.close()
+        """Let go of the feed and the dead letters.
+
+        Raises:
+            FeedError: the feed does not let go.
+        """
         self.dead_letters.close()
+        try:
+            self.feed.close()
+        except Exception as error:
+            raise FeedError(f"feed: cannot be closed: {reason(error)}") from error
 
 
 def _letter(fault: Fault, batch: Batch) -> DeadLetter:
     known = fault.row is not None and bool(batch.raw)
     # The bytes of a record that waited for its label are gone.
     raw = batch.raw[fault.row or 0] if known else json.dumps({"x": fault.x.tolist(), "class": fault.y}).encode()
-    return DeadLetter(
-        "non_finite_step", "an update on this record alone is not finite", raw, {"batch_position": dict(batch.position)}
-    )
+    # Enough to find it by: a position may also carry all labels that are being withheld.
+    place = {key: value for key, value in batch.position.items() if isinstance(value, (int, str))}
+    return DeadLetter("non_finite_step", "an update on this record alone is not finite", raw, {"batch_position": place})
 
 
 def start(configuration: Configuration, clock: Callable[[], float] = time.perf_counter) -> Session:
@@ -94,13 +119,15 @@ def start(configuration: Configuration, clock: Callable[[], float] = time.perf_c
 
 
 def prepare_torch(configuration: Configuration) -> None:
-    """Set threads, the seed, and whether results must repeat exactly."""
+    """Set threads, the seeds, and whether results must repeat exactly."""
     if configuration.deterministic:
         torch.set_num_threads(1)
         torch.use_deterministic_algorithms(mode=True)
     elif configuration.threads:
         torch.set_num_threads(configuration.threads)
     torch.manual_seed(configuration.seed)
+    random.seed(configuration.seed)
+    np.random.seed(configuration.seed)  # noqa: NPY002 - parts of one's own may draw from the shared one
 
 
 def fingerprint(configuration: Configuration) -> str:

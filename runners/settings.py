@@ -60,7 +60,7 @@ class Configuration(EngineSettings):
         int, Field(ge=0, le=1_024, description="of torch; 0 leaves it to torch. Small models are fastest on one")
     ] = 1
     shutdown_timeout_seconds: Annotated[
-        float, Field(gt=0, description="for the last step and the last save, once asked to stop")
+        float, Field(gt=0, le=86_400, description="for the last step and the last save, once asked to stop")
     ] = 25.0
     feed: Part | None = None
     checkpoint: CheckpointSettings = CheckpointSettings()

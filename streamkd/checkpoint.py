@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def save(directory: Path, step: int, state: Mapping[str, Any], about: Mapping[st
 
     Args:
         directory: of all checkpoints; made if it is not there.
-        step: names the checkpoint; one of the same step is left alone if it is whole, and replaced if not.
+        step: names the checkpoint; one of the same step is replaced.
         state: plain values and tensors, in any nesting, under `tensors` and `memories`: a file each.
         about: plain values, for people and for checks at start.
 
@@ -40,11 +40,12 @@ def save(directory: Path, step: int, state: Mapping[str, Any], about: Mapping[st
         OSError: the disk is full or cannot be written.
     """
     final = directory / f"step-{step:012d}"
-    if _whole(final):
-        return final
-    aside = directory / f".{final.name}.{os.getpid()}"
-    directory.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, replaced = (directory / f".{final.name}.{os.getpid()}{suffix}" for suffix in ("", ".replaced"))
+    if not directory.exists():
+        directory.mkdir(parents=True)
+        _sync(directory.parent)
+    for path in (aside, replaced):
+        shutil.rmtree(path, ignore_errors=True)
     aside.mkdir()
     try:
         for part in PARTS:
@@ -53,9 +54,11 @@ def save(directory: Path, step: int, state: Mapping[str, Any], about: Mapping[st
         _write_json(aside / MANIFEST, {file.name: _measure(file) for file in sorted(aside.iterdir())})
         for path in [*aside.iterdir(), aside]:
             _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
         aside.rename(final)
         _sync(directory)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -79,18 +82,25 @@ def about(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path) -> None:
-    """Hold every file of a checkpoint against its manifest.
+    """Hold every file of a checkpoint against its manifest, and its name and format against what it says.
 
     Raises:
         DamagedError: names the file that is missing or differs.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        for name in sorted({*(f"{part}.pt" for part in PARTS), ABOUT, *manifest}):
-            if _measure(path / name) != manifest.get(name):
-                raise DamagedError(f"{path / name}: damaged; its sha256 is not the manifest's")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DamagedError(f"{path}: not a whole checkpoint: {error}") from None
+        names = sorted({*(f"{part}.pt" for part in PARTS), ABOUT, *manifest})
+        differ = [name for name in names if _measure(path / name) != manifest.get(name)]
+        said = {} if differ else about(path)
+        named, made = f"step-{said.get('step', 0):012d}", said.get("format")
+    except Exception as error:  # noqa: BLE001 - JSON may be of any shape
+        raise DamagedError(f"{path}: not a whole checkpoint: {type(error).__name__}: {error}") from None
+    if differ:
+        raise DamagedError(f"{path / differ[0]}: damaged; its sha256 is not the manifest's")
+    if path.name != named:
+        raise DamagedError(f"{path}: is {named} under another name")
+    if made != FORMAT:
+        raise DamagedError(f"{path}: has format {made}, and this version of streamkd reads {FORMAT}")
 
 
 def _whole(path: Path) -> bool:
@@ -116,6 +126,7 @@ def digest(state: Any) -> str:
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
+        yield f"{path}{{}}", len(value)
         for key in sorted(value, key=repr):
             yield from _leaves(value[key], f"{path}/{key!r}")
     elif isinstance(value, (list, tuple)):
@@ -128,19 +139,25 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def found(directory: Path) -> list[Path]:
     """Return the checkpoints in a directory, the newest first, verified or not."""
-    named = [path for path in directory.glob("step-*") if _NAME.fullmatch(path.name)]
+    named = [path for path in directory.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(named, reverse=True)
 
 
-def prune(directory: Path, keep: int, *, best: bool = False) -> None:
+def prune(directory: Path, keep: int, *, best: bool = False, refused: Collection[Path] = ()) -> None:
     """Delete all but the newest `keep` checkpoints that are whole, and what earlier attempts left half-written.
 
-    With `best`, that of the highest `accuracy` stays too. Nothing is deleted while none is whole.
+    Nothing is deleted while none is whole.
+
+    Args:
+        directory: of all checkpoints.
+        keep: how many.
+        best: keep that of the highest `accuracy` too.
+        refused: those that could not be restored, whatever their manifests say.
     """
-    whole = [path for path in found(directory) if _whole(path)]
+    whole = [path for path in found(directory) if path not in refused and _whole(path)]
     kept = whole[:keep]
     if best:
-        kept += sorted(whole, key=lambda path: float(about(path).get("accuracy", 0.0)))[-1:]
+        kept += sorted(whole, key=lambda path: float(about(path).get("accuracy") or 0.0))[-1:]
     if whole:
         for path in [*found(directory), *directory.glob(".step-*")]:
             if path not in kept:

@@ -21,6 +21,10 @@ STUCK = 8
 """Updates in a row without a finite gradient after which a peer is rolled back, or restarted."""
 
 
+FUTILE = 8
+"""Restarts of every peer, without one step between them, after which learning is given up."""
+
+
 @dataclass(frozen=True, slots=True)
 class Distillation:
     """How peers teach one another.
@@ -98,7 +102,7 @@ class Learned:
         hard, soft, total: `[peers]`, mean hard loss, weighted distillation, and the sum that was minimised, as it
             is before distillation is capped.
         divergence: `[peers]`, mean distillation loss from the teachers, unweighted.
-        norms: `[peers]`, norm of the gradient before clipping.
+        norms: `[peers]`, norm of the gradient before clipping; NaN where the loss is not finite.
         agreed, compared: pairs of peers that gave the same answer to a record, and pairs compared.
         faulty: rows of examples that were left out, because an update on one of them alone is not finite.
     """
@@ -202,7 +206,7 @@ class Cohort:
             learned = self._without_faulty(lesson, learned, backward)
         if len(learned.faulty) < len(lesson):
             self._step(learned.norms.tolist(), teacher)
-        self._mend(teacher)
+        self.mend(teacher)
         self.updates += 1
         return learned
 
@@ -235,6 +239,7 @@ class Cohort:
         norms = torch.tensor(
             [0.0 if self._frozen(index, teacher) else peer.clip_gradient() for index, peer in enumerate(self.peers)]
         )
+        norms[~hard.isfinite().all(1).cpu()] = torch.nan  # a loss that is not finite may have a gradient that is
         answers = leaf.detach().argmax(-1)
         return Learned(
             losses=hard.nanmean(0),
@@ -262,26 +267,30 @@ class Cohort:
         return replace(learned, losses=losses, faulty=tuple(faulty))
 
     def _at_fault(self, lesson: Lesson, norms: Tensor, backward: Callable[[Lesson], Learned]) -> list[int]:
-        """Find, by bisection, the examples on which alone an update is not finite; none, where peers are at fault.
+        """Find, by bisection, the examples on which alone an update is not finite.
 
-        A peer that breaks down on an example of zeros, around which all inputs are scaled, has itself to blame.
+        A peer that breaks down on every one of them, and on an example of zeros, around which all inputs are scaled,
+        has itself to blame.
         """
 
-        def broken(part: Lesson) -> Tensor:
+        def broken(part: Lesson, peer: int) -> bool:
             self._discard()
-            return ~backward(part).norms.isfinite()
+            return not math.isfinite(float(backward(part).norms[peer]))
 
-        neutral = Lesson(torch.zeros_like(lesson.x[:1]), lesson.y[:1], torch.ones_like(lesson.weights[:1]))
-        judges = ~norms.isfinite() & ~broken(neutral.rows([0, 0]))
-
-        def search(rows: list[int]) -> list[int]:
-            part = lesson.rows(rows if len(rows) > 1 else rows * 2)  # batch norm needs two
-            if not bool((broken(part) & judges).any()):
+        def search(rows: list[int], peer: int) -> list[int]:
+            if not broken(lesson.rows(rows), peer):
                 return []
             half = len(rows) // 2
-            return rows if len(rows) == 1 else search(rows[:half]) + search(rows[half:])
+            return rows if len(rows) == 1 else search(rows[:half], peer) + search(rows[half:], peer)
 
-        return search(list(range(len(lesson)))) if bool(judges.any()) else []
+        neutral = Lesson(torch.zeros_like(lesson.x[:1]), lesson.y[:1], torch.ones_like(lesson.weights[:1]))
+        everything = list(range(len(lesson)))
+        faulty: set[int] = set()
+        for peer in (~norms.isfinite()).nonzero()[:, 0].tolist():
+            found = search(everything, peer)
+            if len(found) < len(lesson) or not broken(neutral, peer):
+                faulty |= set(found)
+        return sorted(faulty)
 
     def _discard(self) -> None:
         """Throw away all gradients."""
@@ -368,13 +377,17 @@ class Cohort:
         """The factor on every learning rate now: raised at an alarm, then fading to 1."""
         return 1 + (self.distillation.rate_boost - 1) * self._alertness()
 
-    def _mend(self, teacher: int) -> None:
+    def mend(self, teacher: int) -> None:
         """Roll a peer that stays non-finite back; if that was no help, give it the weights of one that is well."""
         for peer in self.peers:
             if isinstance(peer, RiverPeer) or peer.stuck < STUCK:
                 continue
             if peer.good:
                 peer.roll_back()
+            elif all(isinstance(other, Peer) and other.futile >= FUTILE for other in self.peers):
+                raise ArithmeticError(
+                    f"no peer has had a finite loss and gradient, though each was restarted {FUTILE} times"
+                )
             else:
                 others = [other for other in (self.peers[teacher], *self.peers) if isinstance(other, Peer)]
                 peer.restart(next((other for other in others if not other.stuck), peer))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from streamkd import chance
 from streamkd.batch import UNLABELLED, Batch, labelled
 from streamkd.cohort import Cohort, Distillation, Learned, Lesson
 from streamkd.drift import DriftWatch, adwin
@@ -290,13 +291,14 @@ class Engine:
         faults: tuple[Fault, ...],
     ) -> Report:
         cohort, names = self.cohort, self.cohort.names
+        stepped = any(bool(result.norms.isfinite().any()) for result in learned)
         return Report(
             step=self.steps,
             updates=cohort.updates,
             records=self.records,
             size=len(batch),
             unlabelled=int((batch.y < 0).sum()),
-            trained=len(scored.y) - len(faults),
+            trained=len(scored.y) - len(faults) if stepped else 0,
             faults=faults,
             classes=int(self.seen.sum()),
             rate=cohort.rate,
@@ -373,7 +375,7 @@ class Engine:
             "records": self.records,
             "scored": self.scored,
             "accuracy": self.accuracy,
-            "chance": torch.get_rng_state(),  # dropout and the like draw from torch's own generator
+            "chance": chance.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -389,7 +391,7 @@ class Engine:
         self.seen = state["seen"]
         self.steps, self.records = state["steps"], state["records"]
         self.scored, self.accuracy = state["scored"], state["accuracy"]
-        torch.set_rng_state(state["chance"])
+        chance.restore(state["chance"])
 
 
 def _faults(batch: Batch, answers: Answers, faulty: Tensor) -> tuple[Fault, ...]:

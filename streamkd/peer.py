@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any, cast
 
@@ -48,14 +49,15 @@ class Peer:
         self.stuck = 0  # steps skipped one after the other, through no fault of the records
         self.rollbacks = 0
         self.restarts = 0
+        self.futile = 0  # of them, since a step was taken
         self._build, self._make_optimizer, self._horizon, self._seed = build, optimizer, horizon, seed
         self._device = torch.device("cpu")
         self._start({})
         self.capacity = max(1, sum(p.numel() for p in self._parameters))
 
-    def _start(self, weights: Mapping[str, Tensor]) -> None:
+    def _start(self, weights: Mapping[str, Any]) -> None:
         self.stuck = self.taken = 0
-        self.good: dict[str, Tensor] = {}
+        self.good: dict[str, Any] = {}
         with torch.random.fork_rng():
             torch.manual_seed(self._seed + self.restarts * 1_000_003)
             self.module = self._build().to(self._device)
@@ -97,11 +99,12 @@ class Peer:
         Optimizer and average begin anew too.
         """
         self.restarts += 1
+        self.futile += 1
         self._start(source.module.state_dict())
 
     def learn(self, x: Tensor) -> Output:
-        """Answer `x` `[n, ...]` in training mode, with a gradient."""
-        _switch(self.module, training=True)
+        """Answer `x` `[n, ...]` in training mode, with a gradient; a single record has no batch statistics."""
+        _switch(self.module, training=len(x) > 1 or not self._buffers)
         return as_output(self.module(x))
 
     @torch.no_grad()
@@ -138,10 +141,10 @@ class Peer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update_parameters(self.module)
-        self.stuck = 0
+        self.stuck = self.futile = 0
         self.taken += 1
         if self.taken % KEEP_EVERY == 0 and _sound(weights := self.module.state_dict()):
-            self.good = {name: weight.clone() for name, weight in weights.items()}
+            self.good = deepcopy(dict(weights))
 
     def discard(self) -> None:
         """Throw away the gradient at hand, and what the way to it did to the buffers (batch norm's statistics)."""
@@ -151,7 +154,7 @@ class Peer:
 
     def shapes(self) -> dict[str, Any]:
         """Return what must be the same for a checkpoint to fit: the shape of every weight, by name."""
-        return {name: list(weight.shape) for name, weight in self.module.state_dict().items()}
+        return _shapes(self.module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, average, optimizer and counters."""
@@ -163,6 +166,7 @@ class Peer:
             "stuck": self.stuck,
             "rollbacks": self.rollbacks,
             "restarts": self.restarts,
+            "futile": self.futile,
             "taken": self.taken,
             "good": self.good,
         }
@@ -176,7 +180,7 @@ class Peer:
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": options})
         self.skipped, self.stuck = state["skipped"], state["stuck"]
         self.rollbacks, self.restarts = state["rollbacks"], state["restarts"]
-        self.taken, self.good = state["taken"], state["good"]
+        self.taken, self.good, self.futile = state["taken"], state["good"], state["futile"]
 
 
 def _switch(module: nn.Module, *, training: bool) -> None:
@@ -204,9 +208,17 @@ def as_output(said: Any) -> Output:
     return Output(said)
 
 
-def _alike(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> bool:
-    return {name: w.shape for name, w in theirs.items()} == {name: w.shape for name, w in ours.items()}
+def _alike(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
+    return _shapes(theirs) == _shapes(ours)
 
 
-def _sound(weights: Mapping[str, Tensor]) -> bool:
-    return all(bool(weight.isfinite().all()) for weight in weights.values())
+def _shapes(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shape of every weight by name; of what a module adds to its state, whatever it is, the type."""
+    return {
+        name: list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        for name, weight in weights.items()
+    }
+
+
+def _sound(weights: Mapping[str, Any]) -> bool:
+    return all(bool(weight.isfinite().all()) for weight in weights.values() if isinstance(weight, Tensor))

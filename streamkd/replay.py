@@ -117,7 +117,7 @@ class ReplayBuffer:
             return
         if self._x is None:
             self._x = x.new_zeros(self.capacity, *x.shape[1:])
-        highest = float(self.priorities[: self.size].max()) if self.size else 1.0
+        highest = (float(self.priorities[: self.size].max()) if self.size else 0.0) or 1.0
         for start in range(0, len(y), self.capacity):
             self._add(x[start : start + self.capacity], y[start : start + self.capacity], highest)
 

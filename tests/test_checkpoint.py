@@ -68,12 +68,75 @@ def test_the_newest_are_kept_in_order_of_their_steps(tmp_path: Path) -> None:
     assert [json.loads((path / "state.json").read_text())["step"] for path in checkpoint.found(tmp_path)] == [100, 11]
 
 
-def test_a_damaged_checkpoint_of_the_same_step_is_replaced_and_a_whole_one_left_alone(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_same_step_is_replaced_whatever_it_is(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    before = (path / "MANIFEST.json").stat().st_ino
-    assert (saved(tmp_path) / "MANIFEST.json").stat().st_ino == before
-    (path / "tensors.pt").write_bytes(b"")
-    checkpoint.load(saved(tmp_path))
+    for damage in (b"", (path / "tensors.pt").read_bytes()):
+        (path / "tensors.pt").write_bytes(damage)
+        checkpoint.save(tmp_path, 3, {**STATE, "memories": {"y": torch.arange(2)}}, {"records": 49})
+        state, about = checkpoint.load(path)
+        assert (about["records"], len(state["memories"]["y"])) == (49, 2)
+        assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_an_earlier_attempt_of_this_process_left_is_no_hindrance(tmp_path: Path) -> None:
+    for suffix in ("", ".replaced"):
+        (tmp_path / f".step-000000000003.{os.getpid()}{suffix}").mkdir()
+    assert list(tmp_path.iterdir()) != [saved(tmp_path)]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000000003"]
+
+
+def test_everything_is_on_the_disk_before_it_is_renamed_and_the_rename_is_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (done.append(str(Path(f"/proc/self/fd/{handle}").readlink())), real(handle))
+    )
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, target: (done.append("rename"), rename(self, target))[1])
+    checkpoint.save(tmp_path / "new", 3, STATE, {})
+    names = [Path(path).name for path in done]
+    aside = f".step-000000000003.{os.getpid()}"
+    assert names.index("new") > names.index("rename") > names.index(aside)
+    assert {"tensors.pt", "memories.pt", "state.json", "MANIFEST.json"} <= set(names[: names.index(aside)])
+    assert names[0] == tmp_path.name  # that holds the new folder
+
+
+@pytest.mark.parametrize("shape", ["[1]", "{}", "null", "3", '{"tensors.pt": 3}'])
+@pytest.mark.parametrize("name", ["MANIFEST.json", "state.json"])
+def test_json_of_an_odd_shape_is_damage(tmp_path: Path, name: str, shape: str) -> None:
+    path = saved(tmp_path)
+    (path / name).write_text(shape, encoding="utf-8")
+    if name == "state.json":
+        seal(path)
+    with pytest.raises(DamagedError):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_under_another_name_or_of_another_format_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    with pytest.raises(DamagedError, match="is step-000000000003 under another name"):
+        checkpoint.load(path.rename(tmp_path / "step-000000000004"))
+    (tmp_path / "step-000000000004").rename(path)
+    about = {**checkpoint.about(path), "format": 99}
+    (path / "state.json").write_text(json.dumps(about), encoding="utf-8")
+    seal(path)
+    with pytest.raises(DamagedError, match="has format 99"):
+        checkpoint.load(path)
+
+
+def test_what_could_not_be_restored_makes_no_other_one_go(tmp_path: Path) -> None:
+    good, refused = saved(tmp_path, 1), saved(tmp_path, 2)
+    checkpoint.prune(tmp_path, 1, refused={refused})
+    assert checkpoint.found(tmp_path) == [good]
+
+
+def test_what_is_half_written_is_cleared_away(tmp_path: Path) -> None:
+    whole = saved(tmp_path)
+    shutil.copytree(whole, tmp_path / ".step-000000000009.1")
+    checkpoint.prune(tmp_path, 1)
+    assert list(tmp_path.iterdir()) == [whole]
 
 
 def test_the_only_whole_checkpoint_is_never_pruned(tmp_path: Path) -> None:
@@ -123,8 +186,11 @@ def test_a_digest_tells_any_difference_and_no_order() -> None:
         {**one, "b": [1, 2, None]},
         {**one, "b": [1, 2.0]},
         {**one, "c": {"x": 1, "y": True}},
+        {**one, "d": {}},
+        {**one, "d": []},
+        {"a": one["a"], "b": [1, 2.0], "b/2": None, "c": one["c"]},
     ]
-    assert len({checkpoint.digest(state) for state in [one, *others]}) == 7
+    assert len({checkpoint.digest(state) for state in [one, *others]}) == 10
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:

@@ -340,7 +340,8 @@ def test_a_full_disk_does_not_stop_the_learning_and_is_told_at_the_end() -> None
     assert "the last save failed" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert message
-    assert not list(Path("checkpoints").iterdir())
+    assert checkpoint.found(Path("checkpoints")) == []
+    assert not list(Path("checkpoints").glob(".step-*"))
 
 
 @pytest.mark.parametrize("key", ["checkpoint.directory", "dead_letters.path"])

@@ -175,3 +175,11 @@ def test_a_scale_that_really_changes_is_followed(exponent: float, seed: int) -> 
     for part in x.split(16):
         inputs.update(part)
     assert 0.2 < float(inputs(x).std()) < 3
+
+
+def test_a_scale_that_changes_is_followed_by_a_tenth_a_record() -> None:
+    inputs = taught(drawn(100_000, 1))
+    before = float(inputs.square)
+    for _ in range(20):
+        inputs.update(torch.tensor([[1e9]]))
+    assert float(inputs.square) == pytest.approx(before * 1.1**20, rel=0.05)

@@ -21,6 +21,7 @@ def test_a_killed_run_ends_where_an_unbroken_one_ends(
     monkeypatch.chdir(tmp_path)
     outcome = kill_loop(configuration, KILLS, seed=7)
     assert (outcome.kills, outcome.inside) == (KILLS, KILLS // 2)
+    assert outcome.resumed > KILLS // 2  # else nothing is said about resuming
     assert outcome.equal == outcome.ends >= 1
     assert len(checkpoint.found(Path("killed"))) <= 3  # the newest two, and the best
     assert not list(Path("killed").glob(".step-*"))

@@ -10,7 +10,7 @@ import streamkd
 ROOT = Path(__file__).parents[1]
 FLOORS = {"streamkd": set(), "monitoring": {"streamkd"}, "runners": {"streamkd", "monitoring"}}
 OURS = set(FLOORS)
-NOT_IN_LEARNING = {"socket", "time", "datetime", "threading", "asyncio", "signal", "logging", "subprocess", "random"}
+NOT_IN_LEARNING = {"socket", "time", "datetime", "threading", "asyncio", "signal", "logging", "subprocess"}
 
 
 def imported(path: Path) -> set[str]:

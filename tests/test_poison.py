@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_commands import streamkd, table
 from torch import Tensor, nn
-from worlds import CLASSES, Droopy, batches
+from worlds import CLASSES, Droopy, batches, stored
 
 from streamkd import UNLABELLED, Batch, Distillation, DriftWatch, Engine, Peer, ReplayBuffer
 from streamkd.cohort import STUCK, Lesson
@@ -185,3 +185,114 @@ def test_it_goes_to_the_dead_letters_as_it_came(tmp_path: Path, monkeypatch: pyt
     else:
         assert letter["raw"] == lines[60] + "\n"
         assert letter["batch_position"]["records"] == 64
+
+
+class Silent(nn.Module):
+    """A model whose loss is not finite on some records, though its gradient is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer."""
+        logits: Tensor = self.model(x.clamp(-9, 9))
+        return torch.where(x[:, :1] > 1e30, torch.nan, logits)
+
+
+def test_a_loss_that_is_not_finite_is_found_though_its_gradient_is() -> None:
+    peers = [Peer(name, lambda: Silent(mlp((5,), CLASSES)), seed=k) for k, name in enumerate("ab")]
+    made = Engine(peers, CLASSES, inputs=Raw(), drift=DriftWatch(never()))
+    stream = batches(64)
+    made.step(stream[0])
+    assert [fault.row for fault in made.step(poisoned(stream[1], {2, 9})).faults] == [2, 9]
+
+
+class Normed(nn.Module):
+    """A model that breaks down on a record of zeros, and on no other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Answer."""
+        logits: Tensor = self.layer(x / x.norm(dim=1, keepdim=True))
+        return logits
+
+
+def test_a_record_that_looks_like_the_neutral_one_is_found_too() -> None:
+    made = Engine([Peer(name, Normed, seed=k) for k, name in enumerate("ab")], CLASSES, inputs=Raw())
+    stream = batches(64)
+    made.step(stream[0])
+    x = stream[1].x.clone()
+    x[4] = 0
+    assert [fault.row for fault in made.step(replace(stream[1], x=x)).faults] == [4]
+
+
+def test_all_but_one_poisoned_leaves_one_to_learn_even_for_batch_norm() -> None:
+    made = fragile(Droopy, Droopy)
+    stream = batches(64)
+    assert len(made.step(poisoned(stream[0], set(range(15)))).faults) == 15
+    assert made.step(Batch(stream[1].x[:1], stream[1].y[:1])).trained == 1
+
+
+def test_peers_that_never_learn_end_the_work() -> None:
+    made = plain()
+
+    def go_on() -> None:
+        for batch in batches(4_800):
+            for index in range(2):
+                broken(made, index)
+            assert made.step(batch).trained == 0
+
+    with pytest.raises(ArithmeticError, match="no peer has had a finite loss"):
+        go_on()
+
+
+def test_a_source_of_weights_is_the_teacher_if_it_is_well_and_another_if_not() -> None:
+    made = fragile(*(partial(mlp, (5,), CLASSES, widths=(8,)) for _ in range(3)))
+    first, second, third = made.cohort.peers
+    third.stuck = STUCK
+    made.cohort.mend(teacher=1)
+    assert all(torch.equal(a, b) for a, b in zip(third.module.parameters(), second.module.parameters(), strict=True))
+    third.stuck, second.stuck = STUCK, 1
+    made.cohort.mend(teacher=1)
+    assert all(torch.equal(a, b) for a, b in zip(third.module.parameters(), first.module.parameters(), strict=True))
+
+
+def test_statistics_that_broke_down_are_not_kept_though_the_gradient_is_finite() -> None:
+    peer = Peer("a", Droopy)
+    peer.learn(torch.randn(8, 5)).logits.sum().backward()
+    with torch.no_grad():
+        next(iter(peer.module.buffers())).fill_(torch.inf)
+    norm = peer.clip_gradient()
+    assert norm == float("inf")
+    peer.step(norm)
+    assert all(bool(buffer.isfinite().all()) for buffer in peer.module.buffers())
+    assert peer.skipped == 1
+
+
+def test_weights_that_are_not_finite_are_not_kept_for_a_roll_back() -> None:
+    peer = Peer("a", partial(mlp, (5,), CLASSES))
+    for update in range(KEEP_EVERY):
+        if update == KEEP_EVERY - 1:
+            with torch.no_grad():
+                next(iter(peer.module.parameters()))[0] = torch.nan
+        peer.learn(torch.zeros(8, 5)).logits.sum().backward()
+        peer.step(1.0)
+    assert peer.good == {}
+
+
+def test_a_roll_back_after_a_restore_goes_to_the_weights_that_were_kept_before() -> None:
+    made = plain()
+    stream = batches(KEEP_EVERY * 16)
+    for batch in stream[: KEEP_EVERY // 2 + 4]:
+        made.step(batch)
+    good = {name: weight.clone() for name, weight in made.cohort.peers[0].good.items()}
+    again = plain()
+    again.load_state_dict(stored(made.state_dict()))
+    again.cohort.peers[0].roll_back()
+    state = again.cohort.peers[0].module.state_dict()
+    assert good
+    assert all(torch.equal(state[name], weight) for name, weight in good.items())

@@ -80,8 +80,9 @@ def test_a_reload_takes_over_all_that_changed_or_nothing() -> None:
         daemon.send_signal(signal.SIGHUP)
         assert "batch: cannot change while the process runs" in told(daemon, "reload refused")["reason"]
         assert "streamkd_config_last_reload_successful 0.0" in fetched(port, "/metrics")[1]
-        first = told(daemon, "checkpoint")["records"]
-        assert told(daemon, "checkpoint")["records"] - first < 700
+        at = told(daemon, "checkpoint")["records"]
+        assert at < 10_000  # the first save already comes as the new setting says
+        assert told(daemon, "checkpoint")["records"] - at < 700
 
 
 def test_outside_systemd_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,3 +209,62 @@ def test_memory_stays_flat_however_long_the_stream() -> None:
     assert len(stretches) == 10
     assert growth([stretch.memory for stretch in stretches]) < 0.02
     assert held > 0
+
+
+def test_dead_letters_go_into_a_folder_that_is_not_there_yet_and_reach_the_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    letters = DeadLetters(DeadLetterSettings(path=Path("new/folder/refused")), "csv")
+    letters(letter(1))
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", synced.append)
+    letters.flush()
+    letters.close()
+    assert len(synced) == 1
+    assert len(Path("new/folder/refused").read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_too_many_dead_letters_that_wait_stop_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runners.dead_letters.MOST_UNWRITTEN", 3)
+    letters = DeadLetters(DeadLetterSettings(path=Path("/dev/full"), max_bytes=0), "csv")
+    for number in range(3):
+        letters(letter(number))
+    with pytest.raises(ConfigError, match="4 refused records could not be written .*No space left"):
+        letters(letter(3))
+    letters.close()
+
+
+def test_no_half_line_is_left_when_the_disk_fills_right_after_a_rotation() -> None:
+    letters = DeadLetters(DeadLetterSettings(path=Path("refused"), max_bytes=1_000), "csv")
+    long = DeadLetter("width", "2 cells", b"x" * 700, {"line": 0})
+    letters(long)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        letters(long)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert letters.failures == 1
+    assert Path("refused").read_text(encoding="utf-8") == ""
+    letters.close()
+    assert [len(file.read_text(encoding="utf-8").splitlines()) for file in sorted(Path().glob("refused*"))] == [1, 1]
+
+
+def test_two_processes_do_not_save_in_one_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"), 50_000)
+    pairs = [
+        f"--set={pair}" for pair in ("feed.path=d.csv", "feed.label=y", "http.port=0", "checkpoint.directory=saved")
+    ]
+    with started("run", "default", *pairs) as first:
+        told(first, "listening")
+        assert run_once(monkeypatch) == 2
+        assert "checkpoint.directory = 'saved': another process saves there" in capsys.readouterr().err
+    table(Path("d.csv"), 50)
+    assert run_once(monkeypatch) == 0
+
+
+def test_systemd_that_has_gone_is_no_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent/notify")
+    notify("READY=1")

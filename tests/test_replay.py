@@ -242,6 +242,8 @@ def test_a_record_that_is_barred_is_never_drawn_and_its_slot_is_used_again() -> 
     assert sorted(buffer.sample(2_000).slots.unique().tolist()) == [0, 3]
     buffer.bar(torch.arange(4))
     assert len(buffer.sample(8)) == 0
+    buffer.add(*records(4, 8))
+    assert sorted(buffer.sample(2_000).slots.unique().tolist()) == [0, 1, 2, 3]
     again = filled(4, seed=7)
     again.bar(torch.tensor([0]))
     again.add(*records(4, 5))

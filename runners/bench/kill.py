@@ -4,11 +4,12 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import chdir
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import chdir, contextmanager, suppress
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,8 +26,8 @@ from streamkd import checkpoint
 from streamkd.errors import ConfigError, StreamkdError
 
 RECORDS = 2_400
-LAST_OPERATION = 40
-"""A save and the pruning after it touch fewer files than this, one after the other."""
+OPERATIONS = 45
+"""A save, and the pruning after it, are fewer operations on files than this."""
 TABLE = Path("table.csv")
 SETTINGS = (
     "http.port=0",
@@ -52,12 +53,14 @@ class Outcome:
     Attributes:
         kills: runs that were killed.
         inside: of them, right before an operation on a file of a checkpoint.
-        ends: runs, each resumed after its kills, that came to the end of the feed.
+        resumed: of them, and of those that came to the end, those that went on from a checkpoint.
+        ends: runs that came to the end of the feed, each after kills.
         equal: of them, with the digest of the run that was never disturbed.
     """
 
     kills: int
     inside: int
+    resumed: int
     ends: int
     equal: int
 
@@ -71,14 +74,23 @@ def main(configurations: Sequence[str], *, kills: int, seed: int, console: Conso
     unknown = [name for name in configurations if name not in shipped()]
     if unknown:
         raise ConfigError(f"{unknown[0]}: no shipped configuration of that name; there are {', '.join(shipped())}")
-    made = Table("configuration", "kills", "inside a save", "runs to the end", "digest equal", box=None, pad_edge=False)
+    made = Table(
+        "configuration",
+        "kills",
+        "inside a save",
+        "resumed",
+        "runs to the end",
+        "digest equal",
+        box=None,
+        pad_edge=False,
+    )
     unequal = 0
     with Progress(console=console) as progress:
         for name in configurations or sorted(shipped()):
             task = progress.add_task(name, total=kills)
             with TemporaryDirectory() as folder, chdir(folder):
                 outcome = kill_loop(name, kills, seed, lambda task=task: progress.advance(task))  # type: ignore[misc]
-            made.add_row(name, *map(str, (outcome.kills, outcome.inside, outcome.ends, outcome.equal)))
+            made.add_row(name, *map(str, astuple(outcome)))
             unequal += outcome.ends - outcome.equal
     console.print(made)
     if unequal:
@@ -88,8 +100,8 @@ def main(configurations: Sequence[str], *, kills: int, seed: int, console: Conso
 def kill_loop(configuration: str, kills: int, seed: int, killed: Callable[[], None] = lambda: None) -> Outcome:
     """Run a configuration in the current folder, again and again, killing it every time; then let it end.
 
-    Every other kill comes right before an operation on a file of a checkpoint, one operation later each time; the
-    others come at random moments. A run that gets to the end before its time is compared, and begun anew.
+    Every other kill comes right before an operation on a file of a checkpoint, another operation each time; the others
+    come at random moments of the learning. A run that gets to the end before its time is compared, and begun anew.
 
     Args:
         configuration: name of a shipped one.
@@ -98,38 +110,70 @@ def kill_loop(configuration: str, kills: int, seed: int, killed: Callable[[], No
         killed: called after each.
     """
     write_table(TABLE)
-    began = time.monotonic()
-    if ended(in_a_child(*arguments(configuration, Path("undisturbed")))):
-        raise StreamkdError(f"{configuration}: the run that nobody disturbs did not end well")
-    whole = time.monotonic() - began
-    wanted = digest(Path("undisturbed"))
-    chance = random.Random(seed)  # noqa: S311 - not for secrets
-    folder = Path("killed")
-    command = arguments(configuration, folder)
-    inside = ends = equal = done = operation = 0
-    while True:
-        if done == kills:
-            pid = in_a_child(*command)
-        elif done % 2:
-            pid = in_a_child(*command)
-            time.sleep(chance.uniform(0.02, 0.25) * whole)
-            os.kill(pid, signal.SIGKILL)
-        else:
-            operation = operation % LAST_OPERATION + 1
-            pid = in_a_child(*command, prepare=partial(die_before, operation, folder))
-        status = ended(pid)
-        if status == -signal.SIGKILL:
-            inside += not done % 2
-            done += 1
-            killed()
-        elif status == 0:
-            ends += 1
-            equal += digest(folder) == wanted
-            if done == kills:
-                return Outcome(kills, inside, ends, equal)
-            shutil.rmtree(folder)
-        else:
-            raise StreamkdError(f"{configuration}: a run ended with {status} after {done} kills")
+    with notified() as channel:
+        undisturbed = in_a_child(*arguments(configuration, Path("undisturbed")))
+        wait_until_ready(channel)
+        began = time.monotonic()
+        if ended(undisturbed):
+            raise StreamkdError(f"{configuration}: the run that nobody disturbs did not end well")
+        learning = time.monotonic() - began
+        wanted = digest(Path("undisturbed"))
+        chance = random.Random(seed)  # noqa: S311 - not for secrets
+        folder = Path("killed")
+        command = arguments(configuration, folder)
+        operations: list[int] = []
+        inside = resumed = ends = equal = done = 0
+        while True:
+            resumed += bool(checkpoint.found(folder))
+            drain(channel)
+            if done < kills and not done % 2:
+                operations = operations or chance.sample(range(1, OPERATIONS + 1), OPERATIONS)
+                pid = in_a_child(*command, prepare=partial(die_before, operations.pop(), folder))
+            else:
+                pid = in_a_child(*command)
+            if done < kills and done % 2:
+                wait_until_ready(channel)
+                time.sleep(chance.uniform(0.0, 0.4) * learning)
+                os.kill(pid, signal.SIGKILL)
+            status = ended(pid)
+            if status == -signal.SIGKILL:
+                inside += not done % 2
+                done += 1
+                killed()
+            elif status == 0:
+                ends += 1
+                equal += digest(folder) == wanted
+                if done == kills:
+                    return Outcome(kills, inside, resumed, ends, equal)
+                shutil.rmtree(folder)
+            else:
+                raise StreamkdError(f"{configuration}: a run ended with {status} after {done} kills")
+
+
+@contextmanager
+def notified() -> Iterator[socket.socket]:
+    """Hear what the runs say of themselves, as systemd would."""
+    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        os.environ["NOTIFY_SOCKET"] = str(Path(folder, "notify"))
+        channel.bind(os.environ["NOTIFY_SOCKET"])
+        channel.settimeout(60)
+        try:
+            yield channel
+        finally:
+            del os.environ["NOTIFY_SOCKET"]
+
+
+def drain(channel: socket.socket) -> None:
+    """Forget what earlier runs had to say."""
+    with suppress(BlockingIOError):
+        while True:
+            channel.recv(99, socket.MSG_DONTWAIT)
+
+
+def wait_until_ready(channel: socket.socket) -> None:
+    """Wait until the run that was started last has restored, and learns."""
+    while channel.recv(99) != b"READY=1":
+        pass
 
 
 def arguments(configuration: str, directory: Path) -> list[str]:
@@ -170,21 +214,24 @@ def in_a_child(*arguments: str, prepare: Callable[[], None] = lambda: None) -> i
 
 
 def die_before(operation: int, folder: Path) -> None:
-    """Arrange for SIGKILL right before an operation on a file within `folder`: the first, the second..."""
+    """Arrange for SIGKILL right before an operation on files, counted from the first that saves within `folder`."""
     left = operation
+    saving = False
 
     def look(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal left
-        if event in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"} and _within(arguments[0], folder):
+        nonlocal left, saving
+        if event not in {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}:
+            return
+        path = Path(os.fsdecode(arguments[0])) if isinstance(arguments[0], (str, bytes, os.PathLike)) else Path()
+        within = folder in path.parents
+        saving = saving or (event == "os.mkdir" and within)
+        # What rmtree deletes it names relative to a folder that it holds open.
+        if saving and (within or event in {"os.remove", "os.rmdir"}):
             left -= 1
             if not left:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(look)
-
-
-def _within(path: Any, folder: Path) -> bool:
-    return isinstance(path, (str, Path)) and folder in [Path(path), *Path(path).parents]
 
 
 def digest(directory: Path) -> str:

@@ -75,7 +75,7 @@ class FileFeed:
                 refused += 1
             else:
                 found.append(read)
-            if isinstance(read, Record) or read.raw.endswith(b"\n"):  # else it may still be being written
+            if isinstance(read, Record) or read.reason == "too_long" or read.raw.endswith(b"\n"):  # else it may grow
                 self._place = self._lines.place()
         if not found and not refused:
             return None
