@@ -57,9 +57,12 @@ class Peer:
         self._parameters = list(self.module.parameters())
         self.optimizer = self._make_optimizer(self._parameters)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.average = AveragedModel(self.module, multi_avg_fn=ema(1 - 1 / self._horizon))
+        self._average_by = ema(1 - 1 / self._horizon)
+        self.average = AveragedModel(self.module, multi_avg_fn=self._average_by)
         self.average.requires_grad_(requires_grad=False)
         self.average.eval()
+        self._averaged: list[Tensor] = list(self.average.module.parameters())
+        self._current: list[Tensor] = list(self._parameters)
 
     def to(self, device: torch.device) -> "Peer":
         """Move the model and its average; call before the first update."""
@@ -93,6 +96,7 @@ class Peer:
         """Answer `x` with the averaged weights."""
         return as_output(self.average(x))
 
+    @torch.no_grad()
     def step(self, rate: float = 1.0) -> float:
         """Take one optimizer step with the gradients at hand; return their norm before clipping.
 
@@ -101,18 +105,36 @@ class Peer:
         Args:
             rate: factor on every learning rate, for this step.
         """
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, self.clip))
+        norm = self._clipped()
         if norm < float("inf"):  # false for NaN as well
             for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = base * rate
             self.optimizer.step()
-            self.average.update_parameters(self.module)
+            self._follow()
             self.stuck = 0
         else:
             self.skipped += 1
             self.stuck += 1
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _clipped(self) -> float:
+        """Shorten the gradient where it is too long; return its norm before."""
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self.clip < float(norm) < float("inf"):
+            nn.utils.clip_grads_with_norm_(self._parameters, self.clip, norm)
+        return float(norm)
+
+    def _follow(self) -> None:
+        """Let the average follow the weights, as `AveragedModel` does, but without its walk through all layers."""
+        updates = self.average.n_averaged
+        if int(updates):
+            self._average_by(self._averaged, self._current, updates)
+        else:
+            torch._foreach_copy_(self._averaged, self._current)
+        updates += 1
+        for ours, theirs in zip(self.average.module.buffers(), self.module.buffers(), strict=True):
+            ours.copy_(theirs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, average, optimizer and counters."""
