@@ -36,8 +36,8 @@ class Distillation:
         cap: on no record may the distillation's gradient at the logits outweigh the label's.
         burn_in: updates before any distillation.
         freeze_after: for `static`, in updates.
-        temperature_boost, rate_boost: factors on temperature and learning rate at an alarm, fading by half every
-            `boost_half_life` updates.
+        temperature_boost, rate_boost, effort_boost: factors on temperature, learning rate and updates a batch at an
+            alarm, fading by half every `boost_half_life` updates.
     """
 
     scheme: str = "leader"
@@ -51,7 +51,8 @@ class Distillation:
     freeze_after: int = 1_000
     temperature_boost: float = 1.0
     rate_boost: float = 1.0
-    boost_half_life: int = 32
+    effort_boost: float = 3.0
+    boost_half_life: int = 64
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -268,6 +269,11 @@ class Cohort:
     def rate(self) -> float:
         """The factor on every learning rate now: raised at an alarm, then fading to 1."""
         return 1 + (self.distillation.rate_boost - 1) * self._alertness()
+
+    @property
+    def effort(self) -> float:
+        """The factor on the updates a batch now: a new world is learned by more steps, not by longer ones."""
+        return 1 + (self.distillation.effort_boost - 1) * self._alertness()
 
     def _restart_stuck(self, teacher: int) -> None:
         """Give a peer that stays non-finite the weights of the teacher in office, or of any peer that is well."""
