@@ -1,8 +1,8 @@
 """Online mutual distillation for streaming data.
 
 A small cohort of peer models predicts every batch, then learns it: from the labels, from one another, and from
-prioritized memories of the past. To read in this order: `batch`, `engine`, `cohort`, `peer`, `schedules`, `losses`,
-`replay`, `drift`.
+prioritized memories of the past. To read in this order: `batch`, `engine`, `cohort`, `peer`, `served`, `pool`,
+`schedules`, `losses`, `replay`, `drift`.
 """
 
 from streamkd.batch import UNLABELLED, Batch, Output
@@ -11,6 +11,7 @@ from streamkd.drift import DriftWatch
 from streamkd.engine import Engine
 from streamkd.errors import StreamkdError
 from streamkd.peer import Peer
+from streamkd.pool import LabelRates, Pool
 from streamkd.replay import Recall, ReplayBuffer
 from streamkd.report import Report
 from streamkd.river_peer import RiverPeer
@@ -26,8 +27,10 @@ __all__ = [
     "DriftWatch",
     "Election",
     "Engine",
+    "LabelRates",
     "Output",
     "Peer",
+    "Pool",
     "Recall",
     "ReplayBuffer",
     "Report",

@@ -46,8 +46,8 @@ class Distillation:
         unlabelled: the weight of records that will never have a label, from which all peers learn the served answer
             where it gives a class at least `confidence` (Lee 2013, softly). 0: nothing is learned from them.
         confidence: likewise.
-        temperature_boost, rate_boost: factors on temperature and learning rate at an alarm, fading by half every
-            `boost_half_life` updates.
+        temperature_boost, rate_boost, effort_boost: factors on temperature, learning rate and updates a batch at an
+            alarm, fading by half every `boost_half_life` updates.
     """
 
     scheme: str = "leader"
@@ -63,7 +63,8 @@ class Distillation:
     confidence: float = 0.8
     temperature_boost: float = 1.0
     rate_boost: float = 1.0
-    boost_half_life: int = 32
+    effort_boost: float = 3.0
+    boost_half_life: int = 64
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -376,6 +377,11 @@ class Cohort:
     def rate(self) -> float:
         """The factor on every learning rate now: raised at an alarm, then fading to 1."""
         return 1 + (self.distillation.rate_boost - 1) * self._alertness()
+
+    @property
+    def effort(self) -> float:
+        """The factor on the updates a batch now: a new world is learned by more steps, not by longer ones."""
+        return 1 + (self.distillation.effort_boost - 1) * self._alertness()
 
     def mend(self, teacher: int) -> None:
         """Roll a peer that stays non-finite back; if that was no help, give it the weights of one that is well."""

@@ -25,6 +25,7 @@ from streamkd.errors import ConfigError, one_screen, reason
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Pending
 from streamkd.peer import MakeOptimizer, Peer
+from streamkd.pool import LabelRates, Pool
 from streamkd.river_peer import RiverPeer
 from streamkd.roles import Election
 from streamkd.served import Served
@@ -48,7 +49,7 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
     """
     device = resolve_device(settings.device, deterministic=settings.deterministic)
     rule = settings.distillation
-    boosts = settings.drift.model_dump(include={"temperature_boost", "rate_boost", "boost_half_life"})
+    boosts = settings.drift.model_dump(include={"temperature_boost", "rate_boost", "effort_boost", "boost_half_life"})
     memory = settings.replay.model_dump(include={"capacity", "alpha", "beta", "beta_records", "cap"})
     watch, rehearsal = settings.drift, settings.replay
     scaling = settings.inputs
@@ -70,14 +71,15 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
             **boosts,
         ),
         replay=replay.ReplayBuffer(**memory, evict=getattr(replay, rehearsal.evict), seed=settings.seed + 1_000_003),
-        recall=replay.Recall(updates=rehearsal.updates, records=rehearsal.records, window=rehearsal.window),
+        recall=replay.Recall(**rehearsal.model_dump(include={"updates", "records", "window", "stride"})),
         drift=drift.DriftWatch(
             _detector(watch.detector),
             watch.detector.kind.rpartition(":")[2],
             watch.signal,
         ),
         election=Election(len(settings.peers), **(settings.roles.model_dump() | _static_office(rule.scheme))),
-        served=Served(2 * len(settings.peers), **settings.served.model_dump()),
+        served=Served(2 * len(settings.peers), **settings.served.model_dump(include=_HEDGE)),
+        pool=_pool(settings),
         pending=Pending(settings.labels.pending_capacity),
         inputs=Standardiser(scaling.clip, scaling.horizon) if scaling.standardise else Raw(),
         device=device,
@@ -140,6 +142,15 @@ def _tried(call: Callable[[], Any], part: Part, key: str) -> Any:
         raise
     except BaseException as error:  # a panic of river's compiled detectors is no Exception
         raise ConfigError(f"{key} = {_shown(part)}: {reason(error)}") from error
+
+
+_HEDGE = {"gamma", "gamma_drift", "drift_batches", "floor"}
+
+
+def _pool(settings: EngineSettings) -> Pool | None:
+    rule = settings.served
+    rates = LabelRates(settings.max_classes, rule.label_memories)
+    return Pool(2 * len(settings.peers), rates, rate=rule.pool_rate) if rule.pool else None
 
 
 def _static_office(scheme: str) -> dict[str, str]:

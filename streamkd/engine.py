@@ -1,6 +1,7 @@
 """One batch through all of it: predict, join, score, adapt, recall, learn, remember, report."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from math import nan
 from typing import Any
 
@@ -15,6 +16,7 @@ from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Answers, Pending
 from streamkd.logits import mask_unseen
 from streamkd.peer import Peer
+from streamkd.pool import Pool
 from streamkd.replay import Memories, Recall, ReplayBuffer
 from streamkd.report import (
     SERVED,
@@ -46,6 +48,7 @@ class Engine:
         drift: what is watched for drift, on the served answer.
         election: who becomes teacher.
         served: how members are weighted; over `2 * len(peers)` members, the peers and their averages.
+        pool: a second opinion, which pools the same members by learned coefficients; none by default.
         pending: predictions that wait for their labels.
         inputs: scaling of the raw inputs, or `Raw()` for none.
         device: where models and batches are computed.
@@ -63,6 +66,7 @@ class Engine:
         drift: DriftWatch | None = None,
         election: Election | None = None,
         served: Served | None = None,
+        pool: Pool | None = None,
         pending: Pending | None = None,
         inputs: Standardiser | Raw | None = None,
         device: torch.device | str = "cpu",
@@ -76,6 +80,7 @@ class Engine:
         self.drift = drift or DriftWatch(adwin())
         self.roles = election or Election(len(peers))
         self.served = served or Served(2 * len(peers))
+        self.pool = pool
         self.pending = Pending() if pending is None else pending
         self.inputs = inputs or Standardiser()
         self.transfer = TransferEfficiency(len(peers))
@@ -108,13 +113,22 @@ class Engine:
         self._note("score")
         drifts, swap = self._adapt(scored)
         self._note("adapt")
+        nothing = said.rows(torch.zeros(0, dtype=torch.int64))
         untold = self._untold(batch, said)
-        memories = self._recall(answers, untold)
-        self._note("recall")
-        learned, faulty = self._learn(answers, memories, untold)
-        self._note("learn")
-        self._remember(answers.rows(~faulty) if bool(faulty.any()) else answers, memories, learned)
-        self._note("remember")
+        memories: list[Memories] = []
+        learned: list[Learned] = []
+        faulty: list[Tensor] = []
+        stride = self.recall.stride
+        for part, taught in zip_longest(answers.split(stride), untold.split(stride), fillvalue=nothing):
+            drawn = self._recall(part, taught)
+            self._note("recall")
+            taken, broken = self._learn(part, drawn, taught)
+            self._note("learn")
+            self._remember(part.rows(~broken) if bool(broken.any()) else part, drawn, taken)
+            self._note("remember")
+            memories += drawn
+            learned += taken
+            faulty.append(broken)
         return self._report(
             batch,
             said,
@@ -124,24 +138,33 @@ class Engine:
             memories=memories,
             learned=learned,
             taught=len(untold) if learned else 0,
-            faults=_faults(batch, answers, faulty),
+            faults=_faults(batch, answers, torch.cat(faulty)),
         )
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Return the served probabilities `[n, classes]` for raw inputs `x`; changes nothing."""
-        return self.served.answer(self._log_p(x.to(self.device)))
+        return self._answer(x.to(self.device))[1]
 
-    def _log_p(self, x: Tensor) -> Tensor:
-        logits = mask_unseen(self.cohort.predict(self.inputs(x)), self.seen.to(self.device))
-        return logits.log_softmax(-1)
+    def _answer(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What all say of raw inputs, as log-probabilities `[sources, n, classes]`, and what is served.
+
+        The sources are the members, and whatever the pool adds to them.
+        """
+        seen = self.seen.to(self.device)
+        if len(x):
+            logits = self.cohort.predict(self.inputs(x))
+        else:
+            logits = torch.zeros(2 * len(self.cohort), 0, self.classes, device=self.device)
+        log_p = mask_unseen(logits, seen).log_softmax(-1)
+        mixture = self.served.answer(log_p)
+        return (log_p, mixture) if self.pool is None else self.pool.serve(log_p, mixture, seen)
 
     @torch.no_grad()
     def _predict(self, batch: Batch) -> Answers:
         x, y = batch.x.to(self.device), batch.y.to(self.device, torch.int64)
         self._check(y, batch.late.values())
-        log_p = self._log_p(x) if len(x) else torch.zeros(2 * len(self.cohort), 0, self.classes, device=self.device)
-        said = Answers(x, y, log_p, self.served.answer(log_p))
+        said = Answers(x, y, *self._answer(x))
         self.inputs.update(x)
         self.steps += 1
         self.records += len(batch)
@@ -164,7 +187,9 @@ class Engine:
         log_p = of_truth(answers.log_p, y)
         predicted = answers.log_p[:peers].argmax(-1)
         correct = predicted == y
-        self.served.update(log_p)
+        self.served.update(log_p[: 2 * peers])
+        if self.pool is not None:
+            self.pool.update(answers.log_p, y)
         self.roles.update(log_p[:peers], correct)
         self.cohort.observe(-log_p[:peers].mean(1), correct.float().mean(1))
         self.transfer.update(predicted, self.roles.teacher)
@@ -180,13 +205,16 @@ class Engine:
         if alarms:
             self.cohort.alarm()
             self.served.shorten()
+            if self.pool is not None:
+                self.pool.shorten()
             self.replay.forget_schedule()
         before = self.scored - len(scored.y)
         drifts = tuple(
             DriftReport(self.drift.name, self.drift.signal, before + row + 1, self._reaction()) for row in alarms
         )
+        parts = -(-len(scored.y) // self.recall.stride)
         swap = self.roles.elect(
-            self.recall.updates if len(scored.y) else 0,
+            parts * self._effort(),
             drifting=self.cohort.updates - self.cohort.drift_update < self.roles.tenure,
             at_once=bool(alarms),
         )
@@ -199,6 +227,7 @@ class Engine:
             "served_gamma": self.served.gamma_drift,
             "temperature_boost": rule.temperature_boost,
             "rate_boost": rule.rate_boost,
+            "effort_boost": rule.effort_boost,
         }
 
     def _window(self) -> int:
@@ -219,8 +248,12 @@ class Engine:
         """Draw the memories for each update of this batch."""
         if not len(answers) and not len(untold):
             return []
-        drawn = self.replay.sample(self.recall.updates * self.recall.records, self._window())
-        return drawn.split(self.recall.updates)
+        updates = self._effort()
+        return self.replay.sample(updates * self.recall.records, self._window()).split(updates)
+
+    def _effort(self) -> int:
+        """How many optimizer steps this batch is worth: more while the world is new."""
+        return round(self.recall.updates * self.cohort.effort)
 
     def _learn(self, answers: Answers, memories: list[Memories], untold: Answers) -> tuple[list[Learned], Tensor]:
         """One optimizer step a peer for each draw of memories, all the records of the batch in every one of them.
@@ -274,7 +307,7 @@ class Engine:
 
     def _note(self, stage: str) -> None:
         now = self.clock()
-        self._seconds[stage] = now - self._lap
+        self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._lap
         self._lap = now
 
     def _report(
@@ -367,6 +400,7 @@ class Engine:
             "drift": self.drift.detector.state_dict(),
             "roles": self.roles.state_dict(),
             "served": self.served.state_dict(),
+            "pool": None if self.pool is None else self.pool.state_dict(),
             "pending": self.pending.state_dict(),
             "inputs": self.inputs.state_dict(),
             "transfer": self.transfer.state_dict(),
@@ -385,6 +419,8 @@ class Engine:
         self.drift.detector.load_state_dict(state["drift"])
         self.roles.load_state_dict(state["roles"])
         self.served.load_state_dict(state["served"])
+        if self.pool is not None:
+            self.pool.load_state_dict(state["pool"])
         self.pending.load_state_dict(state["pending"])
         self.inputs.load_state_dict(state["inputs"])
         self.transfer.load_state_dict(state["transfer"])

@@ -17,7 +17,7 @@ class Answers:
     Attributes:
         x: `[n, ...]`, raw.
         y: `[n]`, class indices.
-        log_p: `[members, n, classes]`, as predicted before the label was known.
+        log_p: `[sources, n, classes]`, as predicted before the label was known; of members first, then of the pool.
         served: `[n, classes]`, the served probabilities, likewise.
     """
 
@@ -32,6 +32,13 @@ class Answers:
     def rows(self, rows: Tensor) -> "Answers":
         """Return the chosen rows, `[m]` indices or `[n]` bool."""
         return Answers(self.x[rows], self.y[rows], self.log_p[:, rows], self.served[rows])
+
+    def split(self, size: int) -> "list[Answers]":
+        """Return the same in parts of at most `size` rows, in order; one at least."""
+        if len(self) <= size:
+            return [self]
+        starts = range(0, len(self), size)
+        return [self.rows(torch.arange(start, min(start + size, len(self)))) for start in starts]
 
     def to(self, device: torch.device | str) -> "Answers":
         """Return the same on a device."""

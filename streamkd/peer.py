@@ -66,9 +66,12 @@ class Peer:
         self._parameters = list(self.module.parameters())
         self.optimizer = self._make_optimizer(self._parameters)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.average = AveragedModel(self.module, multi_avg_fn=ema(1 - 1 / self._horizon))
+        self._average_by = ema(1 - 1 / self._horizon)
+        self.average = AveragedModel(self.module, multi_avg_fn=self._average_by)
         self.average.requires_grad_(requires_grad=False)
         self.average.eval()
+        self._averaged: list[Tensor] = list(self.average.module.parameters())
+        self._current: list[Tensor] = list(self._parameters)
         self._pair_buffers()
 
     def _pair_buffers(self) -> None:
@@ -118,12 +121,16 @@ class Peer:
         """Answer `x` with the averaged weights."""
         return as_output(self.average(x))
 
+    @torch.no_grad()
     def clip_gradient(self) -> float:
         """Shorten the gradient at hand to `clip`; return its norm before, infinity where the buffers broke down."""
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, self.clip))
+        norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self.clip < float(norm) < math.inf:
+            nn.utils.clip_grads_with_norm_(self._parameters, self.clip, norm)
         broken = any(bool((before.isfinite() & ~now.isfinite()).any()) for before, now in self._buffers)
-        return math.inf if broken else norm
+        return math.inf if broken else float(norm)
 
+    @torch.no_grad()
     def step(self, norm: float, rate: float = 1.0) -> None:
         """Take one optimizer step with the gradient at hand; or none, if it is not finite, and count that.
 
@@ -140,7 +147,7 @@ class Peer:
             group["lr"] = base * rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.average.update_parameters(self.module)
+        self._follow()
         self.stuck = self.futile = 0
         self.taken += 1
         if self.taken % KEEP_EVERY == 0 and _sound(weights := self.module.state_dict()):
@@ -155,6 +162,17 @@ class Peer:
     def shapes(self) -> dict[str, Any]:
         """Return what must be the same for a checkpoint to fit: the shape of every weight, by name."""
         return _shapes(self.module.state_dict())
+
+    def _follow(self) -> None:
+        """Let the average follow the weights, as `AveragedModel` does, but without its walk through all layers."""
+        updates = self.average.n_averaged
+        if int(updates):
+            self._average_by(self._averaged, self._current, updates)
+        else:
+            torch._foreach_copy_(self._averaged, self._current)
+        updates += 1
+        for before, now in self._buffers:
+            before.copy_(now)
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, average, optimizer and counters."""

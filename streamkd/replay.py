@@ -47,15 +47,17 @@ class Recall:
     """How the past is rehearsed.
 
     Attributes:
-        updates: optimizer steps a batch, each with memories of its own.
+        updates: optimizer steps a batch, each with memories of its own; more of them after an alarm.
         records: memories drawn for each update.
         window: smallest window of latest records that they are drawn from: it is this long at an alarm, and then
             grows with the detector's. 0 draws from the whole buffer always.
+        stride: records learned together: of a larger batch, one part after the other, each with as many steps.
     """
 
     updates: int = 2
     records: int = 32
     window: int = 256
+    stride: int = 32
 
 
 class ReplayBuffer:

@@ -98,6 +98,12 @@ class ServedSettings(Settings):
     gamma_drift: Share = 0.98
     drift_batches: Count = 64
     floor: Share = 0.01
+    pool: Annotated[bool, Field(description="also pool the members by learned coefficients")] = True
+    pool_rate: Annotated[float, Field(ge=0, le=1, description="of learning them, a record")] = 0.002
+    label_memories: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], ...],
+        Field(description="of the label rates in the pool: what a record leaves standing"),
+    ] = (0.9, 0.98, 0.998)
 
 
 class ReplaySettings(Settings):
@@ -112,6 +118,7 @@ class ReplaySettings(Settings):
     updates: Annotated[int, Field(ge=1, le=64, description="optimizer steps a batch")] = 2
     records: Annotated[int, Field(ge=0, le=65_536, description="memories drawn for each update")] = 32
     window: Annotated[int, Field(ge=0, description="least records drawn from; 0: all of the buffer")] = 256
+    stride: Annotated[int, Field(ge=1, description="records learned together; larger batches in parts")] = 32
 
 
 class DriftSettings(Settings):
@@ -121,7 +128,8 @@ class DriftSettings(Settings):
     signal: Literal["error", "loss"] = "error"
     temperature_boost: Annotated[float, Field(ge=1)] = 1.0
     rate_boost: Annotated[float, Field(ge=1)] = 1.0
-    boost_half_life: Positive = 32
+    effort_boost: Annotated[float, Field(ge=1, le=64, description="factor on updates a batch at an alarm")] = 3.0
+    boost_half_life: Positive = 64
 
 
 class InputSettings(Settings):

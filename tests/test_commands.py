@@ -158,7 +158,7 @@ def test_check_prints_the_configuration_the_records_and_the_models(
     table(Path("d.csv"))
     assert streamkd(monkeypatch, "check", "default", "--set", "feed.path=d.csv", "--set", "feed.label=y") == 0
     shown = capsys.readouterr().out
-    for word in ("every_records = 10000", "a, b, c, d", "class 2", "15,396", "SGD", "It would run."):
+    for word in ("every_records = 10000", "a, b, c, d", "class 2", "15,780", "SGD", "It would run."):
         assert word in shown
 
 

@@ -229,7 +229,7 @@ def test_too_many_dead_letters_that_wait_stop_the_work(monkeypatch: pytest.Monke
     letters = DeadLetters(DeadLetterSettings(path=Path("/dev/full"), max_bytes=0), "csv")
     for number in range(3):
         letters(letter(number))
-    with pytest.raises(ConfigError, match="4 refused records could not be written .*No space left"):
+    with pytest.raises(ConfigError, match=r"4 refused records could not be written .*No space left"):
         letters(letter(3))
     letters.close()
 

@@ -14,7 +14,10 @@ from streamkd import (
     DriftWatch,
     Election,
     Engine,
+    LabelRates,
     Peer,
+    Pool,
+    Recall,
     ReplayBuffer,
 )
 from streamkd.drift import adwin
@@ -79,7 +82,11 @@ def lively() -> Engine:
         election=Election(3, rule="mission", every=4, tenure=8, tenure_drift=2),
         drift=DriftWatch(adwin(delta=0.05)),
         replay=ReplayBuffer(200, seed=5),
-        distillation=Distillation(scheme="mutual", gate="soft", rate_boost=2.0, temperature_boost=1.5),
+        distillation=Distillation(
+            scheme="mutual", gate="soft", effort_boost=1.0, rate_boost=2.0, temperature_boost=1.5
+        ),
+        pool=Pool(6, LabelRates(CLASSES), rate=0.01),
+        recall=Recall(stride=16),
     )
 
 

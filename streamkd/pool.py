@@ -1,0 +1,137 @@
+"""A second opinion on the members: a product of what they say, to powers that are learned."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamkd.logits import UNSEEN, mask_unseen
+from streamkd.served import Served
+
+FAINTEST = -8.0
+"""The log-probability under which an opinion is not heard: no single source may rule a class out."""
+
+STRIDE = 16
+"""Records that a step of the coefficients counts at most: gradient descent breaks down where steps are too long."""
+
+
+class LabelRates:
+    """How common each class has been of late: a source that knows the labels alone, and no inputs.
+
+    Args:
+        classes: how many.
+        memories: one answer for each: the share of the past that a labelled record leaves standing.
+    """
+
+    def __init__(self, classes: int, memories: Sequence[float] = (0.9, 0.98, 0.998)) -> None:
+        self.memories = torch.tensor(memories, dtype=torch.float64)
+        self.rates = torch.full((len(memories), classes), 1 / classes, dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return len(self.memories)
+
+    def logits(self, n: int) -> Tensor:
+        """Answer `n` records alike: `[memories, n, classes]`."""
+        return self.rates.float().clamp(min=1e-6).log()[:, None].expand(-1, n, -1)
+
+    def update(self, y: Tensor) -> None:
+        """Take in the labels `y` `[n]`, in the order in which they came."""
+        ages = torch.arange(len(y) - 1, -1, -1)
+        shares = (1 - self.memories)[:, None] * self.memories[:, None] ** ages
+        self.rates = self.rates * self.memories[:, None] ** len(y)
+        self.rates.index_add_(1, y.cpu(), shares)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the rates."""
+        return {"rates": self.rates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.rates = state["rates"].clone()
+
+
+class Pool:
+    """The log-linear pool of opinions (Genest and Zidek 1986): q ~ exp(sum of c_s log p_s), with c learned online.
+
+    A mixture can be no surer than its members, and cannot put right an error that they share; this can: coefficients
+    that add up to more than 1 sharpen, and a negative one takes out of an opinion what another has already said.
+    Each step is one of gradient descent on the pool's own log-loss, so the coefficients follow the stream (stacking,
+    Wolpert 1992). They start as the mean of the members, with nothing for the other sources.
+
+    The pool gives its answer beside the members' mixture, and what is served is weighed between the two.
+
+    Args:
+        members: sources that count from the start.
+        rates: sources that have to earn it, after the members.
+        rate: of learning, a record.
+    """
+
+    def __init__(self, members: int, rates: LabelRates, *, rate: float = 0.002) -> None:
+        self.rates = rates
+        self.rate = rate
+        self.coefficients = torch.cat([torch.full((members,), 1 / members), torch.zeros(len(rates))])
+        self.verdict = Served(2, gamma=0.998)
+
+    def serve(self, log_p: Tensor, mixture: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all that `update` has to know of an answer, and the answer, as probabilities `[n, classes]`.
+
+        Args:
+            log_p: `[members, n, classes]`, what the members say.
+            mixture: `[n, classes]`, the probabilities that they come to without the pool.
+            seen: `[classes]` bool; the other classes are ruled out.
+
+        Returns:
+            Log-probabilities `[members + rates + 2, n, classes]`, last of all those of the mixture and of the pool.
+        """
+        rates = mask_unseen(self.rates.logits(log_p.shape[1]).to(log_p), seen).log_softmax(-1)
+        sources = torch.cat([log_p, rates])
+        both = torch.stack([mixture.clamp(min=_TINY).log(), self.answer(sources)])
+        return torch.cat([sources, both]), self.verdict.answer(both)
+
+    def answer(self, log_p: Tensor) -> Tensor:
+        """Pool the sources' log-probabilities `[members + rates, n, classes]` into the pool's own `[n, classes]`."""
+        return self._pooled(_heard(log_p), log_p)
+
+    def update(self, log_p: Tensor, y: Tensor) -> None:
+        """Learn from what `serve` returned of records that turned out to be of the classes `y` `[n]`."""
+        sources, both = log_p[:-2], log_p[-2:]
+        self.verdict.update(both.gather(2, y[None, :, None].expand(2, -1, 1))[..., 0])
+        opinions = _heard(sources)
+        error = -self._pooled(opinions, sources).exp()
+        error[torch.arange(len(y), device=y.device), y] += 1
+        gradient = torch.einsum("snc,nc->s", opinions, error).cpu()
+        self.coefficients = self.coefficients + self.rate * min(1, STRIDE / max(1, len(y))) * gradient
+        self.rates.update(y)
+
+    def shorten(self) -> None:
+        """Weigh mixture and pool by the latest records for a while: the world has changed."""
+        self.verdict.shorten()
+
+    def _pooled(self, opinions: Tensor, log_p: Tensor) -> Tensor:
+        logits = torch.einsum("s,snc->nc", self.coefficients.to(opinions), opinions)
+        # A class that was never seen stays impossible, whatever is left of it above.
+        return logits.masked_fill((log_p <= UNSEEN / 2).any(0), UNSEEN).log_softmax(-1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the coefficients, the label rates, and what decides between pool and mixture."""
+        return {
+            "coefficients": self.coefficients,
+            "rates": self.rates.state_dict(),
+            "verdict": self.verdict.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
+        self.coefficients = state["coefficients"].clone()
+        self.rates.load_state_dict(state["rates"])
+        self.verdict.load_state_dict(state["verdict"])
+
+
+def _heard(log_p: Tensor) -> Tensor:
+    """Opinions, none of them below the faintest; who says anything that is not a number has none."""
+    sound = log_p.isnan().flatten(1).any(1).logical_not()
+    return torch.where(sound[:, None, None], log_p.clamp(min=FAINTEST, max=0.0), 0.0)
+
+
+_TINY = 1e-30
