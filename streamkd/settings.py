@@ -96,6 +96,7 @@ class ServedSettings(Settings):
     gamma_drift: Share = 0.98
     drift_batches: Count = 64
     floor: Share = 0.01
+    averages: Annotated[bool, Field(description="whether the peers' averaged weights answer beside them")] = True
 
 
 class ReplaySettings(Settings):
@@ -145,7 +146,7 @@ class EngineSettings(Settings):
     deterministic: bool = False
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     max_classes: Annotated[int, Field(ge=2, le=10_000, description="width of the models' output")] = 100
-    peers: Annotated[tuple[PeerSettings, ...], Field(min_length=2)]
+    peers: Annotated[tuple[PeerSettings, ...], Field(min_length=1)]
     distillation: DistillationSettings = DistillationSettings()
     roles: RolesSettings = RolesSettings()
     served: ServedSettings = ServedSettings()
