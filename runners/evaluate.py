@@ -72,12 +72,15 @@ class Evaluation:
 _NOT_PEERS = {SERVED, NO_CHANGE, MAJORITY}
 
 
-def evaluate(configuration: Configuration, progress: Callable[[float, int], None]) -> Evaluation:
+def evaluate(
+    configuration: Configuration, progress: Callable[[float, int], None], records: int | None = None
+) -> Evaluation:
     """Make one pass.
 
     Args:
         configuration: its feed must have labels.
         progress: called now and then with the share that is done and the records so far.
+        records: end with the batch in which that many are reached; None goes to the end of the feed.
 
     Raises:
         StreamkdError: with the exit code of the process.
@@ -86,7 +89,7 @@ def evaluate(configuration: Configuration, progress: Callable[[float, int], None
     try:
         tally, trace = Tally(), Trace()
         began = time.perf_counter()
-        while (batch := running.poll()) is not None:
+        while (records is None or tally.records < records) and (batch := running.poll()) is not None:
             if not len(batch) and not batch.late:
                 continue
             report = running.step(batch)
