@@ -236,6 +236,31 @@ def rivals(
     runner(data, label=label, batch=batch, seeds=seed, records=records, json_to=json)
 
 
+@bench.command
+def ablation(
+    *data: Path,
+    label: Label = None,
+    batch: Batch = 16,
+    seed: Seeds = (0, 1, 2),
+    records: Records = None,
+    json: Json = None,
+    plot: Annotated[Path | None, Parameter(help="Draw the differences from the default there.")] = None,
+    jobs: Annotated[int | None, Parameter(help="Processes at once; the number of cores, unless set.")] = None,
+) -> None:
+    """Switch every mechanism of the default off, one at a time and from the bottom up, and say what it costs.
+
+    Every row is a list of settings, so `streamkd eval default FILE --set ...` gives the same figures; --json has them.
+
+    Parameters
+    ----------
+    data
+        CSV or JSON lines, plain or gzip; a made-up stream that drifts, if none is named.
+    """
+    from runners.bench.ablation import main as runner
+
+    runner(data, label=label, batch=batch, seeds=seed, records=records, json_to=json, plot=plot, jobs=jobs)
+
+
 def main() -> None:
     """Run a command; end with the exit code that its mistake calls for, and without a traceback."""
     sys.path.insert(0, "")  # module:Name in a configuration may be a file of the current folder
