@@ -184,6 +184,7 @@ def test_the_table_of_rivals_says_what_the_json_says(
         assert f"{100 * row['accuracy']:.2f}" in line
         assert f"{row['records_per_second']:,.0f}" in line
         assert len(row["accuracies"]) == 2
+        assert row["core_share"] > 0
         assert np.mean(row["accuracies"]) == pytest.approx(row["accuracy"])
     assert stream["rivals"][PACE]["speed_ratio"] == 1
 

@@ -23,6 +23,9 @@ from runners.bench.streams import Records, streams
 from runners.eval_command import check_targets, write_json
 from streamkd.batch import Batch, labelled
 
+BUSY = 0.8
+"""The share of a core under which a speed says more of the machine than of the learner."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pass:
@@ -33,12 +36,14 @@ class Pass:
         accuracy: share of them that were answered rightly before their batch was learned.
         no_change: likewise of the last label of the batch before.
         seconds: predicting and learning took; reading and converting the records does not count.
+        busy: of them, seconds for which a core worked for this process; fewer where others wanted the machine.
     """
 
     scored: int
     accuracy: float
     no_change: float
     seconds: float
+    busy: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,11 @@ class Standing:
     def speed(self) -> float:
         """Records a second, over all passes."""
         return self.records * len(self.passes) / max(1e-9, sum(one.seconds for one in self.passes))
+
+    @property
+    def share(self) -> float:
+        """Of a core, that the process had; over 1 where a learner has threads of its own."""
+        return sum(one.busy for one in self.passes) / max(1e-9, sum(one.seconds for one in self.passes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +95,7 @@ class Race:
                     "accuracies": standing.accuracies,
                     "records_per_second": round(standing.speed, 1),
                     "speed_ratio": self.ratio(name),
+                    "core_share": round(standing.share, 3),
                 }
                 for name, standing in self.standings.items()
             },
@@ -117,6 +128,9 @@ def main(
 
             races.append(race(found, racing, seeds, follow))
         console.print(table(races[-1], seeds))
+        least = min(standing.share for standing in races[-1].standings.values())
+        if least < BUSY:
+            console.print(f"a busy machine: some had only {least:.0%} of a core, so their speeds do not compare")
     for said in dict.fromkeys(missing.values()):
         names = ", ".join(name for name, why in missing.items() if why == said)
         console.print(f"not raced: {names}; {said}", markup=False)
@@ -172,7 +186,7 @@ def go(
         progress: called now and then with the records so far.
     """
     count = scored = hits = unchanged = last = 0
-    seconds = 0.0
+    seconds = busy = 0.0
     for number, (batch, x) in enumerate(zip(batches, filled, strict=True)):
         known = labelled(batch.y)
         whole = bool(known.all())
@@ -180,11 +194,12 @@ def go(
         question = learner.prepare(batch, x)
         lesson = question if whole else learner.prepare(Batch(batch.x[known], batch.y[known]), x[rows])
         y = batch.y[known].tolist()
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         said = learner.predict(question)
         if y:
             learner.learn(lesson, y)
         seconds += time.perf_counter() - began
+        busy += time.process_time() - worked
         count += len(batch)
         scored += len(y)
         hits += int((np.asarray(said)[rows] == y).sum())
@@ -193,7 +208,7 @@ def go(
         if number % 16 == 0:
             progress(count)
     progress(count)
-    return Pass(scored, hits / max(1, scored), unchanged / max(1, scored), seconds)
+    return Pass(scored, hits / max(1, scored), unchanged / max(1, scored), seconds, busy)
 
 
 def imputed(batches: Sequence[Batch]) -> Iterator[NDArray[np.float64]]:
