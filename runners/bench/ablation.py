@@ -13,7 +13,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter
+from matplotlib.ticker import FixedLocator, FormatStrFormatter
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -250,6 +250,7 @@ def draw(path: Path, done: Sequence[Ablation]) -> None:
         )
     # Most differ by tenths of a point and a few by tens: linear up to one point, logarithmic beyond.
     axes.set_xscale("symlog", linthresh=1.0)
+    axes.xaxis.set_major_locator(FixedLocator([s * x for s in (-1, 1) for x in (0.0, 0.5, 1, 2, 5, 10, 20, 50)]))
     axes.xaxis.set_major_formatter(FormatStrFormatter("%+g"))
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [row.name for row in shown], parse_math=False)
