@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from monitoring.health import STATES
 from streamkd.peer import Peer
 from streamkd.report import SERVED, PeerReport, Report
+from streamkd.river_peer import RiverPeer
 
 PHASES = ("predict", "score", "adapt", "recall", "learn", "remember", "checkpoint")
 SWAP_REASONS = ("drift", "periodic")
@@ -249,7 +250,7 @@ class Metrics:
         self._unsound, self._joined, self._expired = dict(unsound), joined, expired
 
 
-def unsound(peer: PeerReport | Peer) -> dict[str, int]:
+def unsound(peer: PeerReport | Peer | RiverPeer) -> dict[str, int]:
     """Return how often a peer had no finite gradient and what was done about it, so far."""
     return {"skipped": peer.skipped, "rolled_back": peer.rollbacks, "restarted": peer.restarts}
 

@@ -109,12 +109,11 @@ def _records(batch: Batch, description: Mapping[str, Any]) -> Table:
 
 def _models(engine: Engine, shape: Sequence[int]) -> Table:
     made = Table(title=f"Models, for records of shape {list(shape)}", title_justify="left")
-    for heading in ("peer", "output", "parameters", "optimizer", "learning rate"):
+    for heading in ("peer", "output", "parameters", "learns by"):
         made.add_column(heading, justify="right" if heading == "parameters" else "left")
     for peer in engine.cohort.peers:
         output = list(peer.predict(torch.zeros(1, *shape, device=engine.device)).logits.shape)
-        rates = ", ".join(f"{rate:g}" for rate in peer.rates)
-        made.add_row(_plain(peer.name), str(output), f"{peer.capacity:,}", type(peer.optimizer).__name__, rates)
+        made.add_row(_plain(peer.name), str(output), f"{peer.capacity:,}" if peer.capacity else "-", peer.learns_by)
     return made
 
 

@@ -117,6 +117,7 @@ def evaluate(
     ] = (),
     json: Json = None,
     plot: Annotated[Path | None, Parameter(help="Draw accuracy over time there.")] = None,
+    labels: Annotated[float, Parameter(help="Share of the records whose label is revealed; all are scored.")] = 1.0,
     set_: Set = (),
 ) -> None:
     """Evaluate on a history: every batch is predicted whole, then its labels are revealed and learned.
@@ -130,7 +131,7 @@ def evaluate(
     """
     from runners.eval_command import main as runner
 
-    runner(config, data, label=label, batch=batch, seeds=seed, json_to=json, plot=plot, overrides=set_)
+    runner(config, data, label=label, batch=batch, seeds=seed, json_to=json, plot=plot, labels=labels, overrides=set_)
 
 
 @app.command

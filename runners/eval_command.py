@@ -26,6 +26,7 @@ def main(
     seeds: Sequence[int],
     json_to: str | None,
     plot: Path | None,
+    labels: float,
     overrides: Sequence[str],
 ) -> None:
     """Evaluate once a seed, and print, write and draw what came of it."""
@@ -36,10 +37,14 @@ def main(
         "batch": batch,
         "feed.kind": None if _named(overrides) else kind_of(data),
     }
+    if not 0 < labels <= 1:
+        raise ConfigError(f"--labels {labels}: a share; give one above 0, and 1 at the most")
+    if labels < 1 and load(config, overrides, given).labels.delay:
+        raise ConfigError(f"--labels {labels}: with labels.delay every label comes in the end; set one of the two")
     passes = [load(config, overrides, {**given, "seed": seed}) for seed in seeds or (None,)]
     # Figures for machines alone on standard output; what is for people goes beside it.
     console = Console(stderr=json_to == "-")
-    done = [_one(configuration, console) for configuration in passes]
+    done = [_one(configuration, labels, console) for configuration in passes]
     console.print(table(done))
     for evaluation in done:
         _tell_refused(evaluation, passes[0], console)
@@ -61,7 +66,7 @@ def kind_of(data: Path) -> str | None:
     return KINDS.get(suffixes[-1].lower()) if suffixes else None
 
 
-def _one(configuration: Configuration, console: Console) -> Evaluation:
+def _one(configuration: Configuration, labels: float, console: Console) -> Evaluation:
     columns = (
         TextColumn("seed {task.fields[seed]}"),
         BarColumn(),
@@ -71,7 +76,9 @@ def _one(configuration: Configuration, console: Console) -> Evaluation:
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=1.0, seed=configuration.seed, records=0)
-        return evaluate(configuration, lambda share, n: progress.update(task, completed=share, records=n))
+        return evaluate(
+            configuration, lambda share, n: progress.update(task, completed=share, records=n), labels=labels
+        )
 
 
 def _tell_refused(evaluation: Evaluation, configuration: Configuration, console: Console) -> None:

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -14,8 +15,9 @@ from monitoring.prequential import MAJORITY, NO_CHANGE, Measures, Tally
 from monitoring.trace import Trace
 from runners import session
 from runners.settings import Configuration
+from streamkd.batch import UNLABELLED
 from streamkd.errors import ConfigError
-from streamkd.report import SERVED
+from streamkd.report import SERVED, score
 
 MEASURES = ("accuracy", "balanced_accuracy", "cohen_kappa", "temporal_kappa", "log_loss")
 
@@ -73,13 +75,18 @@ _NOT_PEERS = {SERVED, NO_CHANGE, MAJORITY}
 
 
 def evaluate(
-    configuration: Configuration, progress: Callable[[float, int], None], records: int | None = None
+    configuration: Configuration,
+    progress: Callable[[float, int], None],
+    *,
+    labels: float = 1.0,
+    records: int | None = None,
 ) -> Evaluation:
     """Make one pass.
 
     Args:
         configuration: its feed must have labels.
         progress: called now and then with the share that is done and the records so far.
+        labels: share of the records whose label is revealed, drawn by the seed; all are scored.
         records: end with the batch in which that many are reached; None goes to the end of the feed.
 
     Raises:
@@ -88,11 +95,17 @@ def evaluate(
     running = session.start(configuration)
     try:
         tally, trace = Tally(), Trace()
+        chance = torch.Generator().manual_seed(configuration.seed)
         began = time.perf_counter()
         while (records is None or tally.records < records) and (batch := running.poll()) is not None:
             if not len(batch) and not batch.late:
                 continue
-            report = running.step(batch)
+            if labels == 1.0:
+                report = running.step(batch)
+            else:
+                revealed = torch.rand(len(batch), generator=chance) < labels
+                report = running.step(replace(batch, y=torch.where(revealed, batch.y, UNLABELLED)))
+                report = replace(report, scored=score(list(report.peers), batch.y, report.log_p, report.served))
             tally.update(report)
             trace.update(report, tally)
             if report.step % 16 == 0:
@@ -101,7 +114,7 @@ def evaluate(
         progress(1.0, tally.records)
         if not tally.scored:
             raise ConfigError("feed.label: no record has a label, so there is nothing to score; name the label column")
-        labels = running.feed.describe().get("classes", [])
+        classes = running.feed.describe().get("classes", [])
         return Evaluation(
             configuration.seed,
             configuration.batch,
@@ -109,7 +122,7 @@ def evaluate(
             trace,
             seconds,
             running.dead_letters.counts,
-            labels if isinstance(labels, list) else [],
+            classes if isinstance(classes, list) else [],
         )
     finally:
         running.close()

@@ -18,7 +18,6 @@ from runners.dead_letters import can_be_written
 from runners.session import Session
 from runners.settings import Configuration
 from streamkd import checkpoint
-from streamkd.engine import Engine
 from streamkd.errors import CheckpointError, ConfigError, DamagedError, one_screen, short
 
 
@@ -218,7 +217,7 @@ def describe(running: Session, position: Mapping[str, Any]) -> dict[str, Any]:
             peer.name: {"accuracy": float(accuracy), "loss": float(loss), "parameters": peer.capacity}
             for peer, accuracy, loss in zip(cohort.peers, cohort.accuracies, cohort.losses, strict=True)
         },
-        "models": architecture(engine),
+        "models": {peer.name: peer.shapes() for peer in engine.cohort.peers},
         "settings": state_bearing(running.configuration),
         "configuration": session.fingerprint(running.configuration),
         "versions": {
@@ -226,14 +225,6 @@ def describe(running: Session, position: Mapping[str, Any]) -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-    }
-
-
-def architecture(engine: Engine) -> dict[str, dict[str, list[int]]]:
-    """Return the shape of every weight of every peer."""
-    return {
-        peer.name: {name: list(value.shape) for name, value in peer.module.state_dict().items()}
-        for peer in engine.cohort.peers
     }
 
 
@@ -254,7 +245,8 @@ def check_same(about: Mapping[str, Any], running: Session, path: Path) -> None:
     Raises:
         CheckpointError: says where they differ.
     """
-    wanted = {"settings": state_bearing(running.configuration), **architecture(running.engine)}
+    models = {peer.name: peer.shapes() for peer in running.engine.cohort.peers}
+    wanted = {"settings": state_bearing(running.configuration), **models}
     saved = {"settings": about.get("settings", {}), **about.get("models", {})}
     lines = list(_differences(saved, wanted))
     if lines:

@@ -13,6 +13,7 @@ from streamkd.errors import StreamkdError
 from streamkd.peer import Peer
 from streamkd.replay import Recall, ReplayBuffer
 from streamkd.report import Report
+from streamkd.river_peer import RiverPeer
 from streamkd.roles import Election
 from streamkd.schedules import Signals
 from streamkd.served import Served
@@ -30,6 +31,7 @@ __all__ = [
     "Recall",
     "ReplayBuffer",
     "Report",
+    "RiverPeer",
     "Served",
     "Signals",
     "StreamkdError",

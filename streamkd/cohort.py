@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamkd.batch import Output
+from streamkd.batch import Output, labelled
 from streamkd.logits import UNSEEN, cross_entropy, mask_unseen
 from streamkd.losses import Loss, kd
 from streamkd.peer import Peer
 from streamkd.report import SERVED
+from streamkd.river_peer import RiverPeer
 from streamkd.schedules import Schedule, Signals, competence, constant, loss_driven
 
 STUCK = 8
@@ -38,6 +39,9 @@ class Distillation:
         cap: on no record may the distillation's gradient at the logits outweigh the label's.
         burn_in: updates before any distillation.
         freeze_after: for `static`, in updates.
+        unlabelled: the weight of records that will never have a label, from which all peers learn the served answer
+            where it gives a class at least `confidence` (Lee 2013, softly). 0: nothing is learned from them.
+        confidence: likewise.
         temperature_boost, rate_boost: factors on temperature and learning rate at an alarm, fading by half every
             `boost_half_life` updates.
     """
@@ -51,6 +55,8 @@ class Distillation:
     cap: bool = True
     burn_in: int = 10
     freeze_after: int = 1_000
+    unlabelled: float = 1.0
+    confidence: float = 0.8
     temperature_boost: float = 1.0
     rate_boost: float = 1.0
     boost_half_life: int = 32
@@ -58,11 +64,20 @@ class Distillation:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Lesson:
-    """What one update learns from: `x` `[m, ...]` ready for the models, labels `y` `[m]`, weights `[m]`."""
+    """What one update learns from.
+
+    Attributes:
+        x: `[m, ...]`, ready for the models.
+        y: `[m]`, class indices, or `UNLABELLED`.
+        weights: `[m]`.
+        targets: `[m, classes]`, probabilities, for examples without a label; rows of the others are passed over. None
+            where every example has a label.
+    """
 
     x: Tensor
     y: Tensor
     weights: Tensor
+    targets: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -70,7 +85,8 @@ class Lesson:
     def rows(self, rows: Sequence[int]) -> "Lesson":
         """Return the chosen examples."""
         index = torch.tensor(rows, device=self.y.device)
-        return Lesson(self.x[index], self.y[index], self.weights[index])
+        targets = None if self.targets is None else self.targets[index]
+        return Lesson(self.x[index], self.y[index], self.weights[index], targets)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -111,7 +127,7 @@ class Cohort:
     size of the hard gradient on every record; then one backward pass serves all peers.
     """
 
-    def __init__(self, peers: Sequence[Peer], distillation: Distillation | None = None) -> None:
+    def __init__(self, peers: Sequence[Peer | RiverPeer], distillation: Distillation | None = None) -> None:
         self.peers = list(peers)
         if len({peer.name for peer in self.peers}) < len(self.peers):
             raise ValueError(f"peers need names of their own; these are {[peer.name for peer in self.peers]}")
@@ -190,6 +206,12 @@ class Cohort:
         self.updates += 1
         return learned
 
+    def absorb(self, x: Tensor, y: Tensor, *, teacher: int) -> None:
+        """Let the peers that learn record by record have the records `x` `[n, ...]` with their labels `y` `[n]`."""
+        for index, peer in enumerate(self.peers):
+            if isinstance(peer, RiverPeer) and not self._frozen(index, teacher):
+                peer.absorb(x, y)
+
     def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Bring every peer its gradient, clipped; take no step yet."""
         logits = mask_unseen(torch.stack([peer.learn(lesson.x).logits for peer in self.peers]), seen)
@@ -206,6 +228,9 @@ class Cohort:
             room = gradient.norm(dim=-1) / soft_gradient.norm(dim=-1).clamp(min=1e-12)
             share = room.clamp(max=1.0) if self.distillation.cap else torch.ones_like(room)
             gradient = gradient + soft_gradient * share[..., None]
+        known = labelled(lesson.y)
+        if lesson.targets is not None:  # the gradient of KL(target || answer) where there is no label
+            gradient = torch.where(known[:, None], gradient, leaf.detach().softmax(-1) - lesson.targets)
         logits.backward(gradient * lesson.weights[:, None])  # type: ignore[no-untyped-call]
         norms = torch.tensor(
             [0.0 if self._frozen(index, teacher) else peer.clip_gradient() for index, peer in enumerate(self.peers)]
@@ -213,7 +238,7 @@ class Cohort:
         answers = leaf.detach().argmax(-1)
         return Learned(
             losses=hard.nanmean(0),
-            hard=hard.mean(1),
+            hard=hard.sum(1) / known.sum().clamp(min=1),
             soft=soft.mean(1),
             total=((betas * hard + soft) * lesson.weights).sum(1),
             divergence=divergence.mean(1),
@@ -346,17 +371,21 @@ class Cohort:
     def _mend(self, teacher: int) -> None:
         """Roll a peer that stays non-finite back; if that was no help, give it the weights of one that is well."""
         for peer in self.peers:
-            if peer.stuck >= STUCK and peer.good:
+            if isinstance(peer, RiverPeer) or peer.stuck < STUCK:
+                continue
+            if peer.good:
                 peer.roll_back()
-            elif peer.stuck >= STUCK:
-                healthy = [self.peers[teacher], *self.peers]
-                peer.restart(next((other for other in healthy if not other.stuck), peer))
+            else:
+                others = [other for other in (self.peers[teacher], *self.peers) if isinstance(other, Peer)]
+                peer.restart(next((other for other in others if not other.stuck), peer))
 
     def _alertness(self) -> float:
         """1 at an alarm, halving every `boost_half_life` updates."""
         return float(0.5 ** ((self.updates - self.drift_update) / self.distillation.boost_half_life))
 
     def _signals(self, student: int, teacher: int, classes: int) -> Signals:
+        capacity, teacher_capacity = self.peers[student].capacity, self.peers[teacher].capacity
+        known = capacity and teacher_capacity
         return Signals(
             update=self.updates,
             updates_since_drift=self.updates - self.drift_update,
@@ -365,8 +394,8 @@ class Cohort:
             teacher_loss=float(self.losses[teacher]),
             accuracy=float(self.accuracies[student]),
             teacher_accuracy=float(self.accuracies[teacher]),
-            capacity=self.peers[student].capacity,
-            teacher_capacity=self.peers[teacher].capacity,
+            capacity=capacity if known else 1,
+            teacher_capacity=teacher_capacity if known else 1,
         )
 
     def state_dict(self) -> dict[str, Any]:

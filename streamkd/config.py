@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from pydantic import ValidationError, validate_call
+from river.base import Classifier
 from torch import nn
 
 from streamkd import drift, losses, models, replay, schedules
@@ -24,10 +25,12 @@ from streamkd.errors import ConfigError, one_screen, reason
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Pending
 from streamkd.peer import MakeOptimizer, Peer
+from streamkd.river_peer import RiverPeer
 from streamkd.roles import Election
 from streamkd.served import Served
 from streamkd.settings import EngineSettings, Part, complaints, did_you_mean
 
+RIVER = "river:"
 RESERVED = ("served", "no-change", "majority")
 """Names that tables and metrics use beside those of the peers."""
 
@@ -62,6 +65,8 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
             gate=rule.gate,
             burn_in=rule.burn_in,
             freeze_after=rule.freeze_after,
+            unlabelled=rule.unlabelled,
+            confidence=rule.confidence,
             **boosts,
         ),
         replay=replay.ReplayBuffer(**memory, evict=getattr(replay, rehearsal.evict), seed=settings.seed + 1_000_003),
@@ -141,7 +146,7 @@ def _static_office(scheme: str) -> dict[str, str]:
     return {"rule": "never"} if scheme == "static" else {}
 
 
-def _peers(settings: EngineSettings, shape: Sequence[int]) -> Iterator[Peer]:
+def _peers(settings: EngineSettings, shape: Sequence[int]) -> Iterator[Peer | RiverPeer]:
     names = [peer.name for peer in settings.peers]
     for index, peer in enumerate(settings.peers):
         key = f"peers.{index}"
@@ -149,6 +154,9 @@ def _peers(settings: EngineSettings, shape: Sequence[int]) -> Iterator[Peer]:
             raise ConfigError(
                 f"{key}.name = {peer.name!r}: taken; give each peer a name of its own, none of {', '.join(RESERVED)}"
             )
+        if peer.model.kind.startswith(RIVER):
+            yield _river_peer(peer.name, peer.model, settings, index)
+            continue
         made = Peer(
             peer.name,
             _model(peer.model, shape, settings.max_classes, f"{key}.model"),
@@ -159,6 +167,23 @@ def _peers(settings: EngineSettings, shape: Sequence[int]) -> Iterator[Peer]:
         )
         _check_output(made, shape, settings.max_classes, peer.model, f"{key}.model")
         yield made
+
+
+def _river_peer(name: str, part: Part, settings: EngineSettings, index: int) -> RiverPeer:
+    """Return a peer of any of river's classifiers, named as in `river:forest.ARFClassifier`."""
+    key = f"peers.{index}.model"
+    module, _, attribute = part.kind.removeprefix(RIVER).rpartition(".")
+    factory = imported(f"river.{module}:{attribute}", f"{key}.kind")
+    if not (inspect.isclass(factory) and issubclass(factory, Classifier)):
+        raise ConfigError(f"{key}.kind = {part.kind!r}: is not one of river's classifiers")
+    options = part.options
+    if "seed" in _parameters(factory):
+        options = {"seed": settings.seed * 1_000 + index, **options}
+    for option in options:
+        if option not in _parameters(factory):
+            hint = did_you_mean(option, _parameters(factory), key)
+            raise ConfigError(f"{key}.{option}: no such option of {part.kind}{hint}")
+    return RiverPeer(name, lambda: _tried(lambda: factory(**options), part, key), settings.max_classes)
 
 
 def _model(part: Part, shape: Sequence[int], classes: int, key: str) -> Callable[[], nn.Module]:

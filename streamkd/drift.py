@@ -4,17 +4,15 @@ Each factory below makes a detector of one stream of errors. Streams that an onl
 two-sided detectors fire at every recovery, so by default an alarm counts only if the mean rose.
 """
 
-import io
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import numpy as np
-import torch
 from pydantic import Field
 from river import drift
 
+from streamkd import pickles
 from streamkd.report import SERVED, Scored
 
 
@@ -92,13 +90,12 @@ class River:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the detector as bytes: river's objects have no state of plain values."""
-        raw = pickle.dumps(self._detector, protocol=4)
-        return {"since": self._since, "river": torch.frombuffer(bytearray(raw), dtype=torch.uint8)}
+        return {"since": self._since, "river": pickles.dump(self._detector)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on; refuses any class outside the allow-list, so that a planted pickle cannot run."""
+        """Go on."""
         self._since = state["since"]
-        self._detector = AllowListUnpickler(io.BytesIO(state["river"].numpy().tobytes())).load()
+        self._detector = pickles.load(state["river"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,45 +182,3 @@ def _older(detector: Any) -> float:
     """Mean of what KSWIN holds its recent sample against."""
     window = list(detector.window)[: -detector.stat_size]
     return float(np.mean(window)) if window else 0.0
-
-
-class AllowListUnpickler(pickle.Unpickler):
-    """Loads river's detectors and nothing else: a pickle may name any callable, and this one refuses to look."""
-
-    ALLOWED = frozenset(
-        {
-            ("river.drift.adwin", "ADWIN"),
-            ("river._river_rust.drift", "AdaptiveWindowing"),
-            ("river.drift.kswin", "KSWIN"),
-            ("river.drift.page_hinkley", "PageHinkley"),
-            ("river.drift.binary.ddm", "DDM"),
-            ("river.drift.binary.eddm", "EDDM"),
-            ("river.drift.binary.hddm_a", "HDDMA"),
-            ("river.drift.binary.hddm_w", "HDDMW"),
-            ("river.drift.binary.hddm_w", "SampleInfo"),
-            ("river.drift.binary.fhddm", "FHDDM"),
-            ("river.stats.mean", "Mean"),
-            ("river.stats.var", "Var"),
-            ("river.stats.ewmean", "EWMean"),
-            ("river._river_rust.stats", "RsEWMean"),
-            ("collections", "deque"),
-            ("random", "Random"),
-            ("numpy", "dtype"),
-            ("numpy._core.multiarray", "scalar"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return the class, if it is on the list."""
-        if (module, name) == ("builtins", "getattr"):
-            return _page_hinkley_test
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} is not a part of a drift detector")
-        return super().find_class(module, name)
-
-
-def _page_hinkley_test(owner: object, name: str) -> Any:
-    """Stand in for `getattr`, by which PageHinkley pickles its choice of test, and for that one use only."""
-    if not isinstance(owner, drift.PageHinkley) or not name.startswith("_test_"):
-        raise pickle.UnpicklingError(f"{name} of {type(owner).__name__} is not a part of a drift detector")
-    return getattr(owner, name)

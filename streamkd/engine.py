@@ -1,6 +1,7 @@
 """One batch through all of it: predict, join, score, adapt, recall, learn, remember, report."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import nan
 from typing import Any
 
 import torch
@@ -14,9 +15,21 @@ from streamkd.labels import Answers, Pending
 from streamkd.logits import mask_unseen
 from streamkd.peer import Peer
 from streamkd.replay import Memories, Recall, ReplayBuffer
-from streamkd.report import SERVED, DriftReport, Fault, PeerReport, ReplayReport, Report, Scored, SwapReport
+from streamkd.report import (
+    SERVED,
+    DriftReport,
+    Fault,
+    PeerReport,
+    ReplayReport,
+    Report,
+    Scored,
+    SwapReport,
+    of_truth,
+    score,
+)
+from streamkd.river_peer import RiverPeer
 from streamkd.roles import Election, Swap
-from streamkd.served import FLOOR, Served
+from streamkd.served import Served
 from streamkd.transfer import TransferEfficiency
 
 
@@ -40,7 +53,7 @@ class Engine:
 
     def __init__(
         self,
-        peers: Sequence[Peer],
+        peers: Sequence[Peer | RiverPeer],
         classes: int,
         *,
         distillation: Distillation | None = None,
@@ -94,9 +107,10 @@ class Engine:
         self._note("score")
         drifts, swap = self._adapt(scored)
         self._note("adapt")
-        memories = self._recall(answers)
+        untold = self._untold(batch, said)
+        memories = self._recall(answers, untold)
         self._note("recall")
-        learned, faulty = self._learn(answers, memories)
+        learned, faulty = self._learn(answers, memories, untold)
         self._note("learn")
         self._remember(answers.rows(~faulty) if bool(faulty.any()) else answers, memories, learned)
         self._note("remember")
@@ -108,6 +122,7 @@ class Engine:
             swap=swap,
             memories=memories,
             learned=learned,
+            taught=len(untold) if learned else 0,
             faults=_faults(batch, answers, faulty),
         )
 
@@ -142,30 +157,21 @@ class Engine:
     def _score(self, answers: Answers) -> Scored:
         """Score what was said when asked, and let members, roles and schedules learn from it."""
         peers, y = len(self.cohort), answers.y
+        scored = score(self.cohort.names, y, answers.log_p[:peers], answers.served)
         if not len(y):
-            everyone = [*self.cohort.names, SERVED]
-            return Scored(y, dict.fromkeys(everyone, y), dict.fromkeys(everyone, y.float()))
-        index = y[None, :, None].expand(len(answers.log_p), -1, 1)
-        log_p = answers.log_p.gather(2, index)[..., 0]  # [members, m]
-        log_p = log_p.nan_to_num(nan=_LOG_FLOOR).clamp(min=_LOG_FLOOR)  # who says nothing is charged the most
+            return scored
+        log_p = of_truth(answers.log_p, y)
         predicted = answers.log_p[:peers].argmax(-1)
         correct = predicted == y
-        served_loss = -answers.served.gather(1, y[:, None])[:, 0].clamp(min=FLOOR).log()
         self.served.update(log_p)
         self.roles.update(log_p[:peers], correct)
         self.cohort.observe(-log_p[:peers].mean(1), correct.float().mean(1))
         self.transfer.update(predicted, self.roles.teacher)
         self.seen[y.cpu()] = True
         self.scored += len(y)
-        served = answers.served.argmax(-1)
         share = min(1.0, len(y) / min(self.scored, 1_000))
-        self.accuracy += share * (float((served == y).float().mean()) - self.accuracy)
-        names = self.cohort.names
-        return Scored(
-            y,
-            {**dict(zip(names, predicted, strict=True)), SERVED: served},
-            {**dict(zip(names, -log_p[:peers], strict=True)), SERVED: served_loss},
-        )
+        self.accuracy += share * (scored.correct(SERVED) / len(y) - self.accuracy)
+        return scored
 
     def _adapt(self, scored: Scored) -> tuple[tuple[DriftReport, ...], Swap | None]:
         """Let the detector read the served errors; re-elect the teacher, at once after an alarm."""
@@ -201,15 +207,22 @@ class Engine:
         grown = min(self.drift.detector.width, self.recall.window + self.replay.since_drift)
         return min(max(grown, self.recall.window), self.replay.capacity)
 
-    def _recall(self, answers: Answers) -> list[Memories]:
+    def _untold(self, batch: Batch, said: Answers) -> Answers:
+        """Choose the records that will never have a label, where the served answer is confident."""
+        rule = self.cohort.distillation
+        if batch.ids or not rule.unlabelled or self.cohort.updates < rule.burn_in:
+            return said.rows(torch.zeros(0, dtype=torch.int64))
+        return said.rows(~labelled(said.y) & (said.served.max(-1).values >= rule.confidence))
+
+    def _recall(self, answers: Answers, untold: Answers) -> list[Memories]:
         """Draw the memories for each update of this batch."""
-        if not len(answers):
+        if not len(answers) and not len(untold):
             return []
         drawn = self.replay.sample(self.recall.updates * self.recall.records, self._window())
         return drawn.split(self.recall.updates)
 
-    def _learn(self, answers: Answers, memories: list[Memories]) -> tuple[list[Learned], Tensor]:
-        """One optimizer step a peer for each draw of memories, the labelled records in every one of them.
+    def _learn(self, answers: Answers, memories: list[Memories], untold: Answers) -> tuple[list[Learned], Tensor]:
+        """One optimizer step a peer for each draw of memories, all the records of the batch in every one of them.
 
         Returns:
             What each update did, and `[n]` bool, the records left out because an update on one alone is not finite.
@@ -217,16 +230,24 @@ class Engine:
         classes = int(self.seen.sum())
         if len(answers):
             self.cohort.schedule(self.roles.teacher, classes)
-        x = self.inputs(answers.x)
+        x, open_x = self.inputs(answers.x), self.inputs(untold.x)
         faulty = torch.zeros(len(answers), dtype=torch.bool, device=x.device)
         learned = []
         for drawn in memories:
             new = (~faulty).nonzero()[:, 0]
             recalled = self.inputs(drawn.x.to(self.device, x.dtype)) if len(drawn) else x[:0]
+            told = len(new) + len(drawn)
             lesson = Lesson(
-                torch.cat([x[new], recalled]),
-                torch.cat([answers.y[new], drawn.y.to(self.device)]),
-                torch.cat([self._shares(len(new)), (drawn.weights / max(1, len(drawn))).to(self.device)]),
+                torch.cat([recalled, x[new], open_x]),
+                torch.cat([drawn.y.to(self.device), answers.y[new], untold.y]),
+                torch.cat(
+                    [
+                        (drawn.weights / max(1, len(drawn))).to(self.device),
+                        self._shares(len(new)),
+                        self._shares(len(untold)) * self.cohort.distillation.unlabelled,
+                    ]
+                ),
+                torch.cat([untold.served.new_zeros(told, self.classes), untold.served]) if len(untold) else None,
             )
             result = self.cohort.learn(
                 lesson,
@@ -234,8 +255,10 @@ class Engine:
                 seen=self.seen.to(self.device),
                 weights=self.served.weights,
             )
-            faulty[new[[row for row in result.faulty if row < len(new)]]] = True
+            own = [row - len(drawn) for row in result.faulty]
+            faulty[new[[row for row in own if 0 <= row < len(new)]]] = True
             learned.append(result)
+        self.cohort.absorb(x[~faulty], answers.y[~faulty], teacher=self.roles.teacher)
         return learned, faulty
 
     def _shares(self, records: int) -> Tensor:
@@ -244,9 +267,8 @@ class Engine:
     def _remember(self, answers: Answers, memories: list[Memories], learned: list[Learned]) -> None:
         """Refresh the priorities of what was recalled, then remember what was learned."""
         for drawn, result in zip(memories, learned, strict=True):
-            new = len(result.losses) - len(drawn)
-            self.replay.update(drawn.slots, result.losses[new:].cpu())
-            self.replay.bar(drawn.slots[[row - new for row in result.faulty if row >= new]])
+            self.replay.update(drawn.slots, result.losses[: len(drawn)].cpu())
+            self.replay.bar(drawn.slots[[row for row in result.faulty if row < len(drawn)]])
         self.replay.add(answers.x.cpu(), answers.y.cpu())
 
     def _note(self, stage: str) -> None:
@@ -264,6 +286,7 @@ class Engine:
         swap: Swap | None,
         memories: list[Memories],
         learned: list[Learned],
+        taught: int,
         faults: tuple[Fault, ...],
     ) -> Report:
         cohort, names = self.cohort, self.cohort.names
@@ -279,7 +302,9 @@ class Engine:
             rate=cohort.rate,
             accuracy=self.accuracy,
             position=batch.position,
+            log_p=said.log_p[: len(cohort)],
             served=said.served,
+            taught=taught,
             scored=scored,
             teacher=names[self.roles.teacher],
             peers=self._peer_reports(learned),
@@ -324,7 +349,7 @@ class Engine:
                 skipped=peer.skipped,
                 rollbacks=peer.rollbacks,
                 restarts=peer.restarts,
-                capacity_ratio=peer.capacity / capacity,
+                capacity_ratio=peer.capacity / capacity if peer.capacity and capacity else nan,
                 transfer_efficiency=transferred[i],
             )
             for i, (peer, (hard, soft, total, divergence, norm)) in enumerate(
@@ -379,6 +404,3 @@ def _faults(batch: Batch, answers: Answers, faulty: Tensor) -> tuple[Fault, ...]
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0)
-
-
-_LOG_FLOOR = float(torch.tensor(FLOOR).log())

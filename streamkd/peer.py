@@ -1,7 +1,7 @@
 """One model, its optimizer, and the running average of its weights."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -67,12 +67,23 @@ class Peer:
         self.average = AveragedModel(self.module, multi_avg_fn=ema(1 - 1 / self._horizon))
         self.average.requires_grad_(requires_grad=False)
         self.average.eval()
+        self._pair_buffers()
+
+    def _pair_buffers(self) -> None:
+        """Note the buffers as they were after the last step, of which the average has copies, beside those in use."""
+        self._buffers = list(zip(self.average.module.buffers(), self.module.buffers(), strict=True))
+
+    @property
+    def learns_by(self) -> str:
+        """Optimizer and learning rates, for people."""
+        return f"{type(self.optimizer).__name__} at {', '.join(f'{rate:g}' for rate in self.rates)}"
 
     def to(self, device: torch.device) -> "Peer":
         """Move the model and its average; call before the first update."""
         self._device = device
         self.module.to(device)
         self.average.to(device)
+        self._pair_buffers()
         return self
 
     def roll_back(self) -> None:
@@ -107,7 +118,7 @@ class Peer:
     def clip_gradient(self) -> float:
         """Shorten the gradient at hand to `clip`; return its norm before, infinity where the buffers broke down."""
         norm = float(nn.utils.clip_grad_norm_(self._parameters, self.clip))
-        broken = any(bool((before.isfinite() & ~now.isfinite()).any()) for before, now in self._buffers())
+        broken = any(bool((before.isfinite() & ~now.isfinite()).any()) for before, now in self._buffers)
         return math.inf if broken else norm
 
     def step(self, norm: float, rate: float = 1.0) -> None:
@@ -135,12 +146,12 @@ class Peer:
     def discard(self) -> None:
         """Throw away the gradient at hand, and what the way to it did to the buffers (batch norm's statistics)."""
         self.optimizer.zero_grad(set_to_none=True)
-        for before, now in self._buffers():
+        for before, now in self._buffers:
             now.copy_(before)
 
-    def _buffers(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Buffers as they were after the last step, of which the average has copies, and as they are."""
-        return zip(self.average.module.buffers(), self.module.buffers(), strict=True)
+    def shapes(self) -> dict[str, Any]:
+        """Return what must be the same for a checkpoint to fit: the shape of every weight, by name."""
+        return {name: list(weight.shape) for name, weight in self.module.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, average, optimizer and counters."""

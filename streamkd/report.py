@@ -1,14 +1,17 @@
 """What happened on one batch, frozen and complete: the only thing that the eyes ever see."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import isfinite
+from math import isfinite, log
 from typing import Any
 
 from torch import Tensor
 
 SERVED = "served"
 """The name of the served answer, beside the names of the peers."""
+FLOOR = 1e-6
+"""No answer is charged with more than -ln of this: one bold mistake must not silence anyone for ever."""
+LOG_FLOOR = log(FLOOR)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -30,6 +33,30 @@ class Scored:
         return int((self.predicted[name] == self.y).sum())
 
 
+def of_truth(log_p: Tensor, y: Tensor) -> Tensor:
+    """Return what each said of what turned out to be true: `[members, n, classes]` and `[n]` give `[members, n]`.
+
+    At the least `LOG_FLOOR`, which is also for those that say nothing finite.
+    """
+    said = log_p.gather(2, y[None, :, None].expand(len(log_p), -1, 1))[..., 0]
+    return said.nan_to_num(nan=LOG_FLOOR).clamp(min=LOG_FLOOR)
+
+
+def score(names: Sequence[str], y: Tensor, log_p: Tensor, served: Tensor) -> Scored:
+    """Hold what was said against what turned out to be true.
+
+    Args:
+        names: of the peers.
+        y: `[m]`, class indices.
+        log_p: `[peers, m, classes]`, what the peers said.
+        served: `[m, classes]`, probabilities.
+    """
+    everyone = [*names, SERVED]
+    answers = [*log_p.argmax(-1), served.argmax(-1)]
+    losses = [*-of_truth(log_p, y), -of_truth(served.log()[None], y)[0]]
+    return Scored(y, dict(zip(everyone, answers, strict=True)), dict(zip(everyone, losses, strict=True)))
+
+
 @dataclass(frozen=True, slots=True)
 class PeerReport:
     """One peer after one batch.
@@ -45,7 +72,7 @@ class PeerReport:
         skipped: steps not taken for want of a finite gradient, since the start.
         rollbacks, restarts: how often it was put back to its last good weights because it stayed non-finite, and how
             often it was restarted because that was no help.
-        capacity_ratio: its trainable parameters over its teacher's.
+        capacity_ratio: its parameters over its teacher's; NaN where one of them has none to count.
         transfer_efficiency: mutual information of teacher's and student's answers over the teacher's entropy.
     """
 
@@ -132,7 +159,9 @@ class Report:
         rate: factor on every learning rate, raised at an alarm and then fading to 1.
         accuracy: of the served answer, running over 1,000 labelled records.
         position: where the feed stands after this batch.
-        served: `[n, classes]`, probabilities, the answer that was given before any label of the batch was known.
+        log_p: `[peers, n, classes]`, what each peer said of the batch before any label of it was known.
+        served: `[n, classes]`, probabilities, the answer that was given, likewise.
+        taught: records of the batch, without a label for good, that were learned from the served answer.
         scored: the prequential score.
         teacher: name of the peer in office.
         alphas: (teacher, student) -> weight of the distillation.
@@ -152,7 +181,9 @@ class Report:
     rate: float
     accuracy: float
     position: Mapping[str, Any]
+    log_p: Tensor
     served: Tensor
+    taught: int
     scored: Scored
     teacher: str
     peers: Mapping[str, PeerReport]

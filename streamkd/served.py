@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-FLOOR = 1e-6
-"""No answer is charged with more than -ln of this: one bold mistake must not silence a member for ever."""
+from streamkd.report import LOG_FLOOR
 
 
 class Served:
@@ -69,7 +68,7 @@ class Served:
     def update(self, log_p: Tensor) -> None:
         """Learn from the log-probabilities `[members, n]` that each gave to what turned out to be true."""
         gamma = self.gamma_drift if self.alert else self.gamma
-        gains = log_p.double().nan_to_num(float("-inf")).clamp(min=torch.tensor(FLOOR).log().item()).sum(1)
+        gains = log_p.double().nan_to_num(float("-inf")).clamp(min=LOG_FLOOR).sum(1)
         self.scores = gamma ** log_p.shape[1] * self.scores + gains.cpu()
         self.alert = max(0, self.alert - 1)
 

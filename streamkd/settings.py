@@ -73,6 +73,8 @@ class DistillationSettings(Settings):
     cap: bool = True
     burn_in: Count = 10
     freeze_after: Count = 1_000
+    unlabelled: Annotated[float, Field(ge=0, description="weight of records that will never have a label")] = 1.0
+    confidence: Annotated[float, Field(ge=0, le=1, description="of the served answer, for these to be learned")] = 0.8
 
 
 class RolesSettings(Settings):

@@ -105,7 +105,7 @@ def test_every_rival_sees_the_same_records_and_the_same_baseline() -> None:
     done = rivals.race(records, here, [0, 1])
     assert {OURS, PACE} <= set(done.standings)
     passes = [one for standing in done.standings.values() for one in standing.passes]
-    evaluation = evaluate(TINY.configuration(), lambda _, __: None, TINY.records)
+    evaluation = evaluate(TINY.configuration(), lambda _, __: None, records=TINY.records)
     measures = evaluation.tally.measures()
     assert {(one.scored, one.no_change) for one in passes} == {(320, measures[NO_CHANGE].accuracy)}
     assert done.standings[OURS].passes[0].accuracy == measures[SERVED].accuracy
@@ -151,7 +151,7 @@ def test_records_end_with_the_batch_in_which_their_number_is_reached() -> None:
     stream = Stream(Path("d.csv"), "y", 16, 100)
     records = stream.read()
     assert (records.count, records.classes, records.shape) == (112, 3, (4,))
-    assert evaluate(stream.configuration(), lambda _, __: None, 100).tally.records == 112
+    assert evaluate(stream.configuration(), lambda _, __: None, records=100).tally.records == 112
     assert Stream(Path("d.csv"), "y", 16, None).read().count == 200
 
 

@@ -296,14 +296,14 @@ def test_a_pickle_planted_in_a_detector_does_not_run_and_the_checkpoint_before_i
     newest, before = checkpoint.found(Path("saved"))[:2]
     state, _ = checkpoint.load(newest)
     planted = pickle.dumps(Planted(Path("ran")), protocol=4)
-    state["tensors"]["engine"]["drift"]["river"] = torch.frombuffer(bytearray(planted), dtype=torch.uint8)
+    state["tensors"]["engine"]["drift"]["river"]["body"] = torch.frombuffer(bytearray(planted), dtype=torch.uint8)
     torch.save(state["tensors"], newest / "tensors.pt")
     seal(newest)
     capsys.readouterr()
     assert run_once(monkeypatch) == 0
     log = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     (refused,) = [entry for entry in log if entry["event"] == "checkpoint refused"]
-    assert "is not a part of a drift detector" in refused["reason"]
+    assert "is not a part of river's objects" in refused["reason"]
     assert [entry["path"] for entry in log if entry["event"] == "restored"] == [str(before)]
     assert not Path("ran").exists()
 
@@ -438,3 +438,18 @@ def test_time_is_not_of_the_essence() -> None:
     assert set(engine().step(batches()[0]).seconds.values()) == {0.0}
     ticking = engine(clock=time.perf_counter)
     assert min(ticking.step(batches()[0]).seconds.values()) > 0
+
+
+def test_labels_that_are_never_revealed_are_scored_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"), 1_600)
+    few = ("eval", "default", "d.csv", "--label", "y", "--labels", "0.1", "--json", "-")
+    assert streamkd(monkeypatch, *few) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["records"], found["labelled"]) == (1_600, 1_600)
+    assert 1_300 < found["unlabelled"] < 1_550
+    assert found["accuracy"] > 0.6
+    assert streamkd(monkeypatch, *few, "--set", "labels.delay=3") == 2
+    assert streamkd(monkeypatch, *few[:-3], "0") == 2
+    assert "--labels 0" in capsys.readouterr().err

@@ -113,8 +113,8 @@ class Planted:
 def refuses(planted: object) -> None:
     """Hold a detector to refusing a state that carries `planted`."""
     raw = torch.frombuffer(bytearray(pickle.dumps(planted, protocol=4)), dtype=torch.uint8)
-    with pytest.raises(pickle.UnpicklingError, match="is not a part of a drift detector"):
-        adwin().load_state_dict({"since": 0, "river": raw})
+    with pytest.raises(pickle.UnpicklingError, match="is not a part of river's objects"):
+        adwin().load_state_dict({"since": 0, "river": {"strings": [], "body": raw}})
 
 
 def test_a_planted_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,15 @@ from streamkd import (
     UNLABELLED,
     Batch,
     Distillation,
+    DriftWatch,
     Engine,
     Peer,
     Recall,
+    ReplayBuffer,
+    checkpoint,
 )
+from streamkd.drift import never
+from streamkd.logits import mask_unseen
 from streamkd.models import mlp
 
 
@@ -71,7 +77,7 @@ def test_one_step_is_predict_join_score_adapt_recall_learn_remember(monkeypatch:
     assert list(report.seconds) == ["predict", "score", "adapt", "recall", "learn", "remember"]
 
 
-@pytest.mark.parametrize("cut", [17, 53, 71])
+@pytest.mark.parametrize("cut", [23, 53, 71])
 def test_a_run_cut_and_resumed_equals_an_unbroken_one(cut: int) -> None:
     torch.manual_seed(0)
     unbroken, stream = lively(), batches(late=True)
@@ -125,8 +131,8 @@ def test_a_drift_is_found_and_overcome() -> None:
     assert all(1600 < record < 1800 for record in found)
 
 
-def test_unlabelled_records_are_predicted_and_counted_and_teach_nothing() -> None:
-    made, stream = engine(), batches()
+def test_unlabelled_records_are_predicted_and_counted_and_can_be_left_to_teach_nothing() -> None:
+    made, stream = engine(distillation=Distillation(unlabelled=0.0)), batches()
     for batch in stream[:10]:
         made.step(batch)
     weights = [p.clone() for peer in made.cohort.peers for p in peer.module.parameters()]
@@ -228,3 +234,49 @@ def test_a_peer_alone_learns_and_has_nobody_to_learn_from() -> None:
     reports = list(alone.run(batches(1600)[:50]))  # up to where the world changes
     assert all(not report.alphas and report.swap is None for report in reports)
     assert reports[0].accuracy < 0.9 < sum(report.scored.correct("served") for report in reports[25:]) / 400
+
+
+def hidden(batch: Batch, rows: slice, *, ids: bool = False) -> Batch:
+    y = batch.y.clone()
+    y[rows] = UNLABELLED
+    return replace(batch, y=y, ids=batch.ids if ids else ())
+
+
+def test_records_that_will_never_have_a_label_are_learned_from_the_served_answer_where_it_is_confident() -> None:
+    stream = batches(640)
+    made, alone = (engine(distillation=Distillation("none", unlabelled=u, confidence=0.6)) for u in (1.0, 0.0))
+    for batch in stream[:20]:
+        made.step(batch)
+        alone.step(batch)
+    for batch in stream[20:]:
+        reports = [one.step(hidden(batch, slice(4, None))) for one in (made, alone)]
+        confident = int((reports[0].served[4:].max(-1).values >= 0.6).sum())
+        assert (reports[0].taught, reports[1].taught) == (confident, 0)
+        assert [report.trained for report in reports] == [4, 4]
+        assert len(made.replay) == len(alone.replay)
+    assert checkpoint.digest(made.cohort.state_dict()) != checkpoint.digest(alone.cohort.state_dict())
+
+
+def test_a_record_that_waits_for_its_label_is_not_taught() -> None:
+    made = engine(distillation=Distillation(confidence=0.0))
+    stream = batches(480)
+    for batch in stream[:15]:
+        made.step(batch)
+    assert made.step(hidden(stream[15], slice(None), ids=True)).taught == 0
+    assert made.step(hidden(stream[16], slice(None))).taught == 16
+
+
+def test_what_is_taught_brings_the_peers_together() -> None:
+    made = engine(distillation=Distillation("none", confidence=0.0, burn_in=0), drift=DriftWatch(never()))
+    made.replay = ReplayBuffer(0)
+    stream = batches(480)
+    for batch in stream[:2]:
+        made.step(batch)
+    batch = hidden(stream[2], slice(None))
+    before = made.step(batch)
+    after = mask_unseen(made.cohort.predict(made.inputs(batch.x))[:2], made.seen).log_softmax(-1)
+    was, now = (
+        torch.nn.functional.kl_div(said, before.served.expand(2, -1, -1), reduction="batchmean")
+        for said in (before.log_p[:2], after)
+    )
+    assert float(now) < float(was)

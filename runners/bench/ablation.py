@@ -188,7 +188,7 @@ def measure(run: Run) -> Score:
     with TemporaryDirectory() as folder:
         letters = f"dead_letters.path={Path(folder, 'refused.jsonl')}"
         configuration = run.stream.configuration(run.source, (*run.overrides, letters), seed=run.seed)
-        evaluation = evaluate(configuration, lambda _, __: None, run.stream.records)
+        evaluation = evaluate(configuration, lambda _, __: None, records=run.stream.records)
     measures = evaluation.tally.measures()
     return Score(measures[SERVED].accuracy, measures[NO_CHANGE].accuracy, evaluation.records_per_second)
 
