@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.validators import Number
 
 app = App(
     name="streamkd",
@@ -19,6 +20,15 @@ Set = Annotated[
     Parameter(
         name="--set", negative="", show_default=False, help="Override one setting: key.path=value. May be repeated."
     ),
+]
+Label = Annotated[str | None, Parameter(help="Column that holds the labels.")]
+Batch = Annotated[
+    int, Parameter(validator=Number(gte=1), help="Records predicted before any of their labels is learned.")
+]
+Seeds = Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="", help="One pass for each.")]
+Records = Annotated[int | None, Parameter(validator=Number(gte=1), help="End each stream after as many.")]
+Json = Annotated[
+    str | None, Parameter(allow_leading_hyphen=True, help="Write the figures there; - is standard output.")
 ]
 
 
@@ -100,14 +110,12 @@ def evaluate(
     config: str,
     data: Path,
     *,
-    label: Annotated[str | None, Parameter(help="Column that holds the labels.")] = None,
+    label: Label = None,
     batch: Annotated[int | None, Parameter(help="Records predicted before any of their labels is learned.")] = None,
     seed: Annotated[
         tuple[int, ...], Parameter(consume_multiple=True, negative="", show_default=False, help="One pass for each.")
     ] = (),
-    json: Annotated[
-        str | None, Parameter(allow_leading_hyphen=True, help="Write the figures there; - is standard output.")
-    ] = None,
+    json: Json = None,
     plot: Annotated[Path | None, Parameter(help="Draw accuracy over time there.")] = None,
     labels: Annotated[float, Parameter(help="Share of the records whose label is revealed; all are scored.")] = 1.0,
     set_: Set = (),
@@ -204,6 +212,54 @@ def soak(*, records: int = 1_000_000, batch: int = 16) -> None:
     from runners.bench.soak import main as runner
 
     runner(records, batch, Console())
+
+
+@bench.command
+def rivals(
+    *data: Path,
+    label: Label = None,
+    batch: Batch = 16,
+    seed: Seeds = (0, 1, 2),
+    records: Records = None,
+    json: Json = None,
+) -> None:
+    """Race the shipped default against river's forests, deep-river's networks and MOA's learners.
+
+    Same records, same batches, one process, one thread: accuracy and records per second side by side.
+
+    Parameters
+    ----------
+    data
+        CSV or JSON lines, plain or gzip; a made-up stream that drifts, if none is named.
+    """
+    from runners.bench.rivals import main as runner
+
+    runner(data, label=label, batch=batch, seeds=seed, records=records, json_to=json)
+
+
+@bench.command
+def ablation(
+    *data: Path,
+    label: Label = None,
+    batch: Batch = 16,
+    seed: Seeds = (0, 1, 2),
+    records: Records = None,
+    json: Json = None,
+    plot: Annotated[Path | None, Parameter(help="Draw the differences from the default there.")] = None,
+    jobs: Annotated[int | None, Parameter(help="Processes at once; the number of cores, unless set.")] = None,
+) -> None:
+    """Switch every mechanism of the default off, one at a time and from the bottom up, and say what it costs.
+
+    Every row is a list of settings, so `streamkd eval default FILE --set ...` gives the same figures; --json has them.
+
+    Parameters
+    ----------
+    data
+        CSV or JSON lines, plain or gzip; a made-up stream that drifts, if none is named.
+    """
+    from runners.bench.ablation import main as runner
+
+    runner(data, label=label, batch=batch, seeds=seed, records=records, json_to=json, plot=plot, jobs=jobs)
 
 
 def main() -> None:

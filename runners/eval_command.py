@@ -30,11 +30,7 @@ def main(
     overrides: Sequence[str],
 ) -> None:
     """Evaluate once a seed, and print, write and draw what came of it."""
-    for target in (path for path in (json_to, plot) if path not in {None, "-"}):
-        if not Path(str(target)).absolute().parent.is_dir():
-            raise ConfigError(
-                f"{target}: there is no folder {Path(str(target)).parent} to write it into; make it first"
-            )
+    check_targets(json_to, plot)
     given = {
         "feed.path": str(data),
         "feed.label": label,
@@ -53,7 +49,8 @@ def main(
     for evaluation in done:
         _tell_refused(evaluation, passes[0], console)
     if json_to is not None:
-        _write(json_to, [evaluation.as_json() for evaluation in done])
+        results = [evaluation.as_json() for evaluation in done]
+        write_json(json_to, results[0] if len(results) == 1 else results)
     if plot is not None:
         picture.draw(plot, done[0].tally, done[0].trace, title=f"{data.name}, seed {done[0].seed}")
         console.print(f"picture: {plot}", markup=False)
@@ -92,8 +89,26 @@ def _tell_refused(evaluation: Evaluation, configuration: Configuration, console:
         )
 
 
-def _write(target: str, results: list[dict[str, Any]]) -> None:
-    text = json.dumps(results[0] if len(results) == 1 else results, indent=2) + "\n"
+def check_targets(*targets: str | Path | None) -> None:
+    """Refuse files that could not be written once the work is done; None and - are none.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    for target in (path for path in targets if path not in {None, "-"}):
+        if not Path(str(target)).absolute().parent.is_dir():
+            raise ConfigError(
+                f"{target}: there is no folder {Path(str(target)).parent} to write it into; make it first"
+            )
+
+
+def write_json(target: str, value: Any) -> None:
+    """Write `value` to a file, or to standard output for -.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    text = json.dumps(value, indent=2) + "\n"
     if target == "-":
         sys.stdout.write(text)
         return

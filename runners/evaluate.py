@@ -75,7 +75,11 @@ _NOT_PEERS = {SERVED, NO_CHANGE, MAJORITY}
 
 
 def evaluate(
-    configuration: Configuration, progress: Callable[[float, int], None], *, labels: float = 1.0
+    configuration: Configuration,
+    progress: Callable[[float, int], None],
+    *,
+    labels: float = 1.0,
+    records: int | None = None,
 ) -> Evaluation:
     """Make one pass.
 
@@ -83,6 +87,7 @@ def evaluate(
         configuration: its feed must have labels.
         progress: called now and then with the share that is done and the records so far.
         labels: share of the records whose label is revealed, drawn by the seed; all are scored.
+        records: end with the batch in which that many are reached; None goes to the end of the feed.
 
     Raises:
         StreamkdError: with the exit code of the process.
@@ -92,7 +97,7 @@ def evaluate(
         tally, trace = Tally(), Trace()
         chance = torch.Generator().manual_seed(configuration.seed)
         began = time.perf_counter()
-        while (batch := running.poll()) is not None:
+        while (records is None or tally.records < records) and (batch := running.poll()) is not None:
             if not len(batch) and not batch.late:
                 continue
             if labels == 1.0:

@@ -144,13 +144,15 @@ def _tried(call: Callable[[], Any], part: Part, key: str) -> Any:
         raise ConfigError(f"{key} = {_shown(part)}: {reason(error)}") from error
 
 
-_HEDGE = {"gamma", "gamma_drift", "drift_batches", "floor"}
+_HEDGE = {"gamma", "gamma_drift", "drift_batches", "floor", "averages"}
 
 
 def _pool(settings: EngineSettings) -> Pool | None:
     rule = settings.served
     rates = LabelRates(settings.max_classes, rule.label_memories)
-    return Pool(2 * len(settings.peers), rates, rate=rule.pool_rate) if rule.pool else None
+    size = len(settings.peers)
+    voices = 2 * size if rule.averages else size
+    return Pool(2 * size, rates, rate=rule.pool_rate, voices=voices) if rule.pool else None
 
 
 def _static_office(scheme: str) -> dict[str, str]:

@@ -40,7 +40,7 @@ class Engine:
     """Predicts every batch before it learns it.
 
     Args:
-        peers: two or more, of one output width.
+        peers: two or more, of one output width; one alone has nobody to learn from.
         classes: that width.
         distillation: how peers teach one another.
         replay: the memory; `ReplayBuffer(0)` for none.

@@ -62,15 +62,17 @@ class Pool:
     The pool gives its answer beside the members' mixture, and what is served is weighed between the two.
 
     Args:
-        members: sources that count from the start.
+        members: sources that count from the start; of them, those after the first `voices` are not heard.
         rates: sources that have to earn it, after the members.
         rate: of learning, a record.
+        voices: all members, unless given.
     """
 
-    def __init__(self, members: int, rates: LabelRates, *, rate: float = 0.002) -> None:
+    def __init__(self, members: int, rates: LabelRates, *, rate: float = 0.002, voices: int | None = None) -> None:
         self.rates = rates
         self.rate = rate
-        self.coefficients = torch.cat([torch.full((members,), 1 / members), torch.zeros(len(rates))])
+        self._mute = slice(members if voices is None else voices, members)
+        self.coefficients = torch.cat([torch.full((members,), 1 / (voices or members)), torch.zeros(len(rates))])
         self.verdict = Served(2, gamma=0.998)
 
     def serve(self, log_p: Tensor, mixture: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,13 +93,13 @@ class Pool:
 
     def answer(self, log_p: Tensor) -> Tensor:
         """Pool the sources' log-probabilities `[members + rates, n, classes]` into the pool's own `[n, classes]`."""
-        return self._pooled(_heard(log_p), log_p)
+        return self._pooled(self._heard(log_p), log_p)
 
     def update(self, log_p: Tensor, y: Tensor) -> None:
         """Learn from what `serve` returned of records that turned out to be of the classes `y` `[n]`."""
         sources, both = log_p[:-2], log_p[-2:]
         self.verdict.update(both.gather(2, y[None, :, None].expand(2, -1, 1))[..., 0])
-        opinions = _heard(sources)
+        opinions = self._heard(sources)
         error = -self._pooled(opinions, sources).exp()
         error[torch.arange(len(y), device=y.device), y] += 1
         gradient = torch.einsum("snc,nc->s", opinions, error).cpu()
@@ -107,6 +109,12 @@ class Pool:
     def shorten(self) -> None:
         """Weigh mixture and pool by the latest records for a while: the world has changed."""
         self.verdict.shorten()
+
+    def _heard(self, log_p: Tensor) -> Tensor:
+        """Opinions, none of them below the faintest; who says anything that is not a number has none."""
+        sound = log_p.isnan().flatten(1).any(1).logical_not()
+        sound[self._mute] = False
+        return torch.where(sound[:, None, None], log_p.clamp(min=FAINTEST, max=0.0), 0.0)
 
     def _pooled(self, opinions: Tensor, log_p: Tensor) -> Tensor:
         logits = torch.einsum("s,snc->nc", self.coefficients.to(opinions), opinions)
@@ -126,12 +134,6 @@ class Pool:
         self.coefficients = state["coefficients"].clone()
         self.rates.load_state_dict(state["rates"])
         self.verdict.load_state_dict(state["verdict"])
-
-
-def _heard(log_p: Tensor) -> Tensor:
-    """Opinions, none of them below the faintest; who says anything that is not a number has none."""
-    sound = log_p.isnan().flatten(1).any(1).logical_not()
-    return torch.where(sound[:, None, None], log_p.clamp(min=FAINTEST, max=0.0), 0.0)
 
 
 _TINY = 1e-30

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from streamkd.report import LOG_FLOOR
 
@@ -19,7 +20,8 @@ class Served:
         members: how many.
         gamma: how much of the past a labelled record leaves standing; 0.99 is a window of about 100.
         gamma_drift: likewise for `drift_batches` batches after an alarm.
-        floor: the share of the weight that is spread evenly.
+        floor: the share of the weight that is spread evenly; 1 makes it a plain mean.
+        averages: whether the second half of the members, the peers' averages, is heard.
     """
 
     def __init__(
@@ -30,18 +32,21 @@ class Served:
         gamma_drift: float = 0.98,
         drift_batches: int = 64,
         floor: float = 0.01,
+        averages: bool = True,
     ) -> None:
         self.gamma = gamma
         self.gamma_drift = gamma_drift
         self.drift_batches = drift_batches
         self.floor = floor
+        self.voices = members if averages else members // 2
         self.scores = torch.zeros(members, dtype=torch.float64)
         self.alert = 0  # batches for which the shorter memory is still in force
 
     @property
     def weights(self) -> Tensor:
         """`[members]`, adding up to 1."""
-        return (1 - self.floor) * self.scores.softmax(0) + self.floor / len(self.scores)
+        weights = (1 - self.floor) * self.scores[: self.voices].softmax(0) + self.floor / self.voices
+        return functional.pad(weights, (0, len(self.scores) - self.voices))
 
     def answer(self, log_p: Tensor) -> Tensor:
         """Mix the members' log-probabilities `[members, n, classes]` into the served probabilities `[n, classes]`.

@@ -104,6 +104,7 @@ class ServedSettings(Settings):
         tuple[Annotated[float, Field(ge=0, lt=1)], ...],
         Field(description="of the label rates in the pool: what a record leaves standing"),
     ] = (0.9, 0.98, 0.998)
+    averages: Annotated[bool, Field(description="whether the peers' averaged weights answer beside them")] = True
 
 
 class ReplaySettings(Settings):
@@ -155,7 +156,7 @@ class EngineSettings(Settings):
     deterministic: bool = False
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     max_classes: Annotated[int, Field(ge=2, le=10_000, description="width of the models' output")] = 100
-    peers: Annotated[tuple[PeerSettings, ...], Field(min_length=2)]
+    peers: Annotated[tuple[PeerSettings, ...], Field(min_length=1)]
     distillation: DistillationSettings = DistillationSettings()
     roles: RolesSettings = RolesSettings()
     served: ServedSettings = ServedSettings()

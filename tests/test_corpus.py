@@ -526,7 +526,6 @@ CONFIGURATIONS = [
     wrong("peers.0.optimizer.kind=sdg", "no such optimizer", "did you mean sgd?"),
     wrong("peers.0.name=two", "taken"),
     wrong("peers.0.name=served", "taken"),
-    wrong("peers=[{ name = 'one' }]", "at least 2"),
     wrong("peers.0.model={ kind = 'mpl' }"),
     wrong("peers.0.model={ kind = 'no_such_module:Net' }", "no_such_module", "cannot be imported"),
     wrong("peers.0.model={ kind = 'math:Net' }", "there is no Net in math"),

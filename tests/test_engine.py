@@ -232,6 +232,13 @@ def test_what_is_done_about_a_drift_is_reported_and_fades() -> None:
     assert reports[index].replay.window < before.replay.window
 
 
+def test_a_peer_alone_learns_and_has_nobody_to_learn_from() -> None:
+    alone = Engine([Peer("alone", partial(mlp, (5,), CLASSES, widths=(16,)), seed=1)], CLASSES)
+    reports = list(alone.run(batches(1600)[:50]))  # up to where the world changes
+    assert all(not report.alphas and report.swap is None for report in reports)
+    assert reports[0].accuracy < 0.9 < sum(report.scored.correct("served") for report in reports[25:]) / 400
+
+
 def hidden(batch: Batch, rows: slice, *, ids: bool = False) -> Batch:
     y = batch.y.clone()
     y[rows] = UNLABELLED

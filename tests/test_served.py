@@ -126,6 +126,23 @@ def test_the_answer_follows_whoever_was_right_of_late() -> None:
     assert served.weights[1] > 0.98
 
 
+@lawful
+@given(st.integers(1, 4), st.sampled_from([0.0, 0.01, 1.0]), st.integers(0, 2**20))
+def test_without_averages_the_answer_is_that_of_the_peers_alone(peers: int, floor: float, seed: int) -> None:
+    without, alone = Served(2 * peers, floor=floor, averages=False), Served(peers, floor=floor)
+    past, said = answers(2 * peers, 8, seed=seed)[..., 0], answers(2 * peers, 3, seed=seed + 1)
+    without.update(past)
+    alone.update(past[:peers])
+    assert torch.allclose(without.answer(said), alone.answer(said[:peers]))
+    assert without.weights[peers:].tolist() == [0.0] * peers
+
+
+def test_a_floor_of_one_makes_the_answer_a_plain_mean() -> None:
+    served, said = Served(4, floor=1.0), answers(4, 3)
+    served.update(answers(4, 8, seed=1)[..., 0])
+    assert torch.allclose(served.answer(said), said.exp().mean(0))
+
+
 def test_restored_weights_go_on_as_they_would_have() -> None:
     served, restored = Served(3, drift_batches=4), Served(3, drift_batches=4)
     served.update(answers(3, 8, seed=1)[..., 0])

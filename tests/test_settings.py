@@ -64,7 +64,7 @@ class Failing(nn.Module):
         ("http.port=70000", ["http.port = 70000", "65535"]),
         ("device=gpu", ["device = 'gpu'"]),
         ("distillation.scheme=leadr", ["distillation.scheme", "'leadr'", "'leader'", "'mutual'"]),
-        ("peers=[]", ["peers", "at least 2"]),
+        ("peers=[]", ["peers", "at least 1"]),
         ("peers.0.nmae=x", ["peers.0.nmae", "did you mean peers.0.name?"]),
         ("peers.7.name=x", ["peers.7", "there are 3"]),
         ("batch.size=3", ["batch is a value, not a table"]),
