@@ -28,13 +28,24 @@ RECOMPUTED = {
     "cohort.peers.a.restarts",
     "cohort.peers.b.restarts",
     "cohort.peers.c.restarts",
+    "cohort.peers.a.futile",
+    "cohort.peers.b.futile",
+    "cohort.peers.c.futile",
     "cohort.peers.a.skipped",
     "cohort.peers.b.skipped",
     "cohort.peers.c.skipped",
     "pending.expired",
+    # Nothing in this engine draws from these; a test of their own says that they go on.
+    "chance.cuda",
+    "chance.python",
+    "chance.numpy",
     # Plain gradient descent gathers nothing.
     "cohort.peers.c.optimizer",
 }
+
+
+WHOLE = {"module", "average", "optimizer", "good", "answers", "river"}
+"""Parts that are restored as one."""
 
 
 @cache
@@ -74,7 +85,11 @@ def parts(state: dict[str, Any], prefix: str = "", depth: int = 4) -> list[str]:
     names = []
     for key, value in state.items():
         name = f"{prefix}{key}"
-        deeper = isinstance(value, dict) and depth > 1 and key not in {"module", "average", "optimizer", "answers"}
+        deeper = (
+            isinstance(value, dict)
+            and depth > 1
+            and key not in {"module", "average", "optimizer", "answers", "river", "good"}
+        )
         names += parts(value, f"{name}.", depth - 1) if deeper else [name]
     return names
 

@@ -28,6 +28,8 @@ from streamkd.errors import ConfigError, StreamkdError
 RECORDS = 2_400
 OPERATIONS = 45
 """A save, and the pruning after it, are fewer operations on files than this."""
+SECONDS = 60
+"""A run takes less to start."""
 TABLE = Path("table.csv")
 SETTINGS = (
     "http.port=0",
@@ -156,7 +158,7 @@ def notified() -> Iterator[socket.socket]:
     with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         os.environ["NOTIFY_SOCKET"] = str(Path(folder, "notify"))
         channel.bind(os.environ["NOTIFY_SOCKET"])
-        channel.settimeout(60)
+        channel.settimeout(SECONDS)
         try:
             yield channel
         finally:
@@ -165,9 +167,11 @@ def notified() -> Iterator[socket.socket]:
 
 def drain(channel: socket.socket) -> None:
     """Forget what earlier runs had to say."""
+    channel.settimeout(0)
     with suppress(BlockingIOError):
         while True:
-            channel.recv(99, socket.MSG_DONTWAIT)
+            channel.recv(99)
+    channel.settimeout(SECONDS)
 
 
 def wait_until_ready(channel: socket.socket) -> None:
