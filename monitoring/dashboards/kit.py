@@ -79,7 +79,7 @@ def graph(
         .calcs([])
     )
     panel.tooltip(common.VizTooltipOptions().mode(TooltipDisplayMode.MULTI).sort(SortOrder.DESCENDING))
-    panel.show_points(VisibilityMode.NEVER).line_width(1).fill_opacity(8)
+    panel.show_points(VisibilityMode.NEVER).line_width(1).fill_opacity(0)
     if low is not None:
         panel.axis_soft_min(low)
     if high is not None:
@@ -230,7 +230,7 @@ def rate(counter: str, *by: str, where: str = "") -> str:
 
 
 def events(counter: str, *by: str) -> str:
-    """Return how often something happened, from one point of the curve to the next."""
+    """Return how often something happened of late."""
     return f"sum by ({', '.join(by)}) (increase(streamkd_{counter}{{$selected}}[$__rate_interval]))"
 
 

@@ -6,7 +6,7 @@ from monitoring.dashboards.kit import events, graph, level, mean, rate, share, t
 
 Size = tuple[int, int]
 SERVED_ACCURACY = share("prequential_correct_total", "prequential_evaluated_total", "job", where='peer="served"')
-SHORTFALL = f"max_over_time(({SERVED_ACCURACY})[1h:15s]) - ({SERVED_ACCURACY})"
+SHORTFALL = f"clamp_min(max_over_time(({SERVED_ACCURACY})[1h:15s]) - ({SERVED_ACCURACY}), 0)"
 
 
 def accuracy(size: Size) -> timeseries.Panel:
