@@ -1,10 +1,9 @@
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
 import torch
 from prometheus_client import generate_latest
+from stack import needs
 from worlds import batches, engine, lively
 
 from monitoring.delays import LabelDelays
@@ -46,8 +45,7 @@ def test_names_and_types_are_those_of_the_golden_list() -> None:
 
 
 def test_promtool_finds_nothing_to_complain_of() -> None:
-    if shutil.which("promtool") is None:
-        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    needs("promtool", "prometheus")
     text = generate_latest(watched(engine()).registry)
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
