@@ -122,7 +122,7 @@ class Reader:
             teacher=bool(_one(values, "teacher", peer=name)),
             weight=_one(values, "served_weight", peer=name),
             temperature=_one(values, "temperature", peer=name),
-            alpha=sum(heard) / max(1, sum(map(bool, heard))) if heard else None,
+            alpha=sum(heard) / len(heard) if heard else None,
             loss=self._share("loss_sum", "loss_count", peer=name, component="total"),
         )
 

@@ -22,6 +22,7 @@ BOARDS: dict[str, dict[str, Any]] = {
 }
 SELECTED = 'job=~"$job", instance=~"$instance"'
 SELECTOR = re.compile(r"\b(?P<name>(?:streamkd|process|python)_\w+|ALERTS)(?:\{(?P<labels>[^}]*)\})?")
+NOT_RATED = {"streamkd_checkpoint_restores_total": "a restore comes before the first scrape, so no rise is ever seen"}
 ON_NO_PANEL = {"streamkd_steps_total": "the time of a batch and the records in one say more"}
 
 
@@ -93,12 +94,12 @@ def test_alerts_named_in_descriptions_have_a_page(board: dict[str, Any]) -> None
 def test_counters_are_rated_over_an_interval_that_grafana_chooses(board: dict[str, Any]) -> None:
     for question in questions(board):
         for found in SELECTOR.finditer(question.expression):
-            if re.search(r"_(total|sum|count|bucket)$", found["name"]):
+            if re.search(r"_(total|sum|count|bucket)$", found["name"]) and found["name"] not in NOT_RATED:
                 before, after = question.expression[: found.start()], question.expression[found.end() :]
                 assert re.search(r"\b(rate|increase)\($", before), question
-                assert after.startswith(("[$__rate_interval]", "[$__range]")), question
+                assert after.startswith("[$__rate_interval]"), question
         ranges = set(re.findall(r"\[([^\]]+)\]", question.expression))
-        assert ranges <= {"$__rate_interval", "$__range", "1h:15s"}, question
+        assert ranges <= {"$__rate_interval", "1h:15s"}, question
 
 
 def test_dashboards_ask_for_what_the_golden_list_promises_and_show_all_of_it() -> None:

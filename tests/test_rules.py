@@ -30,7 +30,10 @@ ALERTS = {rule["alert"]: rule for rule in rules("alerts.yml")}
     [
         ("check", "config", "prometheus.yml"),
         ("check", "rules", "--lint=all", "--lint-fatal", *(f"rules/{file.name}" for file in RULES.glob("*.yml"))),
-        ("test", "rules", *(f"tests/{file.name}" for file in (MONITORING / "prometheus" / "tests").glob("*.yml"))),
+        pytest.param(
+            ("test", "rules", *(f"tests/{file.name}" for file in (MONITORING / "prometheus" / "tests").glob("*.yml"))),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["configuration", "rules", "tests of rules"],
 )

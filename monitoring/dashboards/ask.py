@@ -46,9 +46,8 @@ class Window:
 
     def fill(self, expression: str) -> str:
         """Return an expression with Grafana's variables filled in, everything selected."""
-        span = f"{round(self.end - self.start)}s"
         rates = f"{max(self.step + self.scrape, 4 * self.scrape):g}s"
-        for name, value in (("__rate_interval", rates), ("__range", span), ("job", ".+"), ("instance", ".+")):
+        for name, value in (("__rate_interval", rates), ("job", ".+"), ("instance", ".+")):
             expression = re.sub(rf"\$(\{{{name}\}}|{name}\b)", value, expression)
         return expression
 

@@ -7,7 +7,6 @@ from grafana_foundation_sdk.models import dashboard
 from monitoring.dashboards import shared
 from monitoring.dashboards.kit import (
     GREEN,
-    ORANGE,
     RED,
     Panel,
     assemble,
@@ -295,7 +294,7 @@ def _checkpoints() -> Sequence[Panel]:
             "Checkpoints made, and attempts that failed. Any failure: the log says why, and the next save tries again.",
             (events("checkpoint_saves_total", "result"), "{{result}}"),
             size=QUARTER,
-            bars=True,
+            blocks=True,
             stacked=True,
         ),
         graph(
@@ -313,13 +312,14 @@ def _checkpoints() -> Sequence[Panel]:
             "model grows, or more predictions that wait for labels.",
             (level("checkpoint_size_bytes", "job"), ""),
             size=(3, 7),
+            curve=False,
         ),
         figure(
             "Restores",
             "short",
             "Whether this process went on from the newest checkpoint (success) or from an older one, because the "
             "newest was damaged (fallback). Any fallback: look at the disk.",
-            ("sum by (result) (increase(streamkd_checkpoint_restores_total{$selected}[$__range]))", "{{result}}"),
+            (level("checkpoint_restores_total", "result"), "{{result}}"),
             size=(3, 7),
             decimals=0,
             curve=False,
@@ -334,7 +334,7 @@ def _errors() -> Sequence[Panel]:
             "recps",
             "Records that could not be used; each is in the dead letters as it came. Read them, and mend the producer "
             "or the configuration: see StreamkdDeadLetterRateHigh.",
-            (rate("dead_letter_records_total", "feed", "reason"), "{{feed}} {{reason}}"),
+            (rate("dead_letter_records_total", "reason"), "{{reason}}"),
             size=QUARTER,
             stacked=True,
         ),
@@ -360,7 +360,7 @@ def _errors() -> Sequence[Panel]:
                 "{{feed}} {{stage}} {{error_type}}",
             ),
             size=QUARTER,
-            bars=True,
+            blocks=True,
             stacked=True,
         ),
         graph(
@@ -373,7 +373,7 @@ def _errors() -> Sequence[Panel]:
                 "{{peer}} {{action}}",
             ),
             size=QUARTER,
-            bars=True,
+            blocks=True,
             stacked=True,
         ),
     ]
@@ -386,7 +386,7 @@ def _runtime() -> Sequence[Panel]:
             "bytes",
             "Of the process. Flat, once everything in it is full. A slope over hours: see StreamkdMemoryGrowing.",
             ("max by (instance) (process_resident_memory_bytes{$selected})", "{{instance}}"),
-            size=QUARTER,
+            size=(5, 7),
         ),
         graph(
             "Processor",
@@ -394,27 +394,27 @@ def _runtime() -> Sequence[Panel]:
             "Cores in use. At the number of threads with records waiting, the machine is the limit; far above it, "
             "torch was given more threads than small models can use.",
             ("sum by (instance) (rate(process_cpu_seconds_total{$selected}[$__rate_interval]))", "{{instance}}"),
-            size=QUARTER,
+            size=(5, 7),
         ),
         graph(
             "Open files",
             "short",
             "File descriptors. A slope: a feed or a part of your own does not close what it opens.",
             ("max by (instance) (process_open_fds{$selected})", "{{instance}}"),
-            size=(3, 7),
+            size=(4, 7),
         ),
         graph(
             "Garbage collections",
             "cps",
             "Runs of Python's collector, by generation. Many of generation 2: a part of your own makes cycles.",
             ("sum by (generation) (rate(python_gc_collections_total{$selected}[$__rate_interval]))", "{{generation}}"),
-            size=(3, 7),
+            size=(4, 7),
         ),
         figure(
             "Up since",
             "s",
             "How long the process has been up. Short again and again: see StreamkdCrashLooping.",
-            ("time() - max by (instance) (process_start_time_seconds{$selected})", "{{instance}}"),
+            ("time() - max by (instance) (process_start_time_seconds{$selected})", ""),
             size=(2, 7),
             decimals=0,
             curve=False,
@@ -423,17 +423,17 @@ def _runtime() -> Sequence[Panel]:
             "Version",
             "none",
             "Versions in use. Two at once while instances are replaced; otherwise one was forgotten.",
-            ("max by (version, python, torch) (streamkd_build_info{$selected})", "{{version}}, torch {{torch}}"),
+            ("max by (version) (streamkd_build_info{$selected})", "{{version}}"),
             size=(2, 7),
             named=True,
         ),
         figure(
-            "Configuration",
+            "Settings",
             "none",
             "Whether the configuration on disk is the one in force. Refused: see StreamkdConfigReloadFailed.",
-            ("min by (instance) (streamkd_config_last_reload_successful{$selected})", "{{instance}}"),
+            ("min by (instance) (streamkd_config_last_reload_successful{$selected})", ""),
             size=(2, 7),
-            colours=((ORANGE, None), (GREEN, 1)),
+            words=("refused", "in force"),
             curve=False,
         ),
     ]

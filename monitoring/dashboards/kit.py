@@ -12,7 +12,6 @@ from grafana_foundation_sdk.models.common import (
     BigValueGraphMode,
     BigValueTextMode,
     DataSourceRef,
-    GraphDrawStyle,
     GraphThresholdsStyleMode,
     LegendDisplayMode,
     LegendPlacement,
@@ -47,7 +46,7 @@ def graph(
     *queries: Query,
     size: tuple[int, int] = (8, 7),
     stacked: bool = False,
-    bars: bool = False,
+    blocks: bool = False,
     steps: bool = False,
     bounds: tuple[float | None, float | None] = (0, None),
     alert_above: float | None = None,
@@ -62,7 +61,7 @@ def graph(
         queries: what is drawn.
         size: width of 24, and height.
         stacked: on top of one another.
-        bars: for events.
+        blocks: for events; each is as wide as the interval that Grafana rates over.
         steps: for values that hold until the next.
         bounds: of the axis, softly; None leaves it to the data.
         alert_above: draw a line there; an alert is raised above it.
@@ -86,9 +85,9 @@ def graph(
         panel.axis_soft_max(high)
     if stacked:
         panel.stacking(common.StackingConfig().mode(StackingMode.NORMAL)).fill_opacity(40)
-    if bars:
-        panel.draw_style(GraphDrawStyle.BARS).fill_opacity(80)
-    if steps:
+    if blocks:
+        panel.fill_opacity(60)
+    if steps or blocks:
         panel.line_interpolation(LineInterpolation.STEP_AFTER)
     if alert_above is not None:
         panel.thresholds(_steps(("transparent", None), (RED, alert_above)))
@@ -109,6 +108,7 @@ def figure(
     named: bool = False,
     empty: str = "none",
     decimals: int | None = None,
+    words: tuple[str, str] | None = None,
     curve: bool = True,
 ) -> stat.Panel:
     """Make a panel of one large figure, or of a name.
@@ -123,6 +123,7 @@ def figure(
         named: show the name of the series there is now, rather than its value.
         empty: shown where there is no value.
         decimals: of the figure; None leaves it to Grafana.
+        words: for 0, which is bad, and for 1, which is well.
         curve: draw its course behind it.
     """
     panel = _filled(stat.Panel(), title, unit, description, *queries, size=size, now=named)
@@ -133,6 +134,8 @@ def figure(
     panel.text_mode(BigValueTextMode.NAME if named else BigValueTextMode.AUTO).no_value(empty)
     if decimals is not None:
         panel.decimals(decimals)
+    if words is not None:
+        panel.mappings([_meaning(words, (RED, GREEN))])
     return panel
 
 
@@ -157,10 +160,7 @@ def timeline(
         colours: for 0 and for 1.
     """
     panel = _filled(statetimeline.Panel(), title, unit, description, *queries, size=size)
-    meanings = {
-        str(value): made.ValueMappingResult(text=words[value], color=colours[value], index=value) for value in (0, 1)
-    }
-    panel.mappings([made.ValueMap(options=meanings)])
+    panel.mappings([_meaning(words, colours)])
     panel.color_scheme(dashboard.FieldColor().mode(made.FieldColorModeId.THRESHOLDS))
     panel.thresholds(_steps((colours[0], None), (colours[1], 1)))
     panel.show_value(VisibilityMode.NEVER).merge_values(merge_values=True).row_height(0.8)
@@ -216,6 +216,15 @@ def _filled(
     return panel
 
 
+def _meaning(words: tuple[str, str], colours: tuple[str, str]) -> made.ValueMap:
+    return made.ValueMap(
+        options={
+            str(value): made.ValueMappingResult(text=words[value], color=colours[value], index=value)
+            for value in (0, 1)
+        }
+    )
+
+
 def _steps(*steps: tuple[str, float | None]) -> dashboard.ThresholdsConfig:
     return (
         dashboard.ThresholdsConfig()
@@ -230,8 +239,8 @@ def rate(counter: str, *by: str, where: str = "") -> str:
 
 
 def events(counter: str, *by: str) -> str:
-    """Return how often something happened of late."""
-    return f"sum by ({', '.join(by)}) (increase(streamkd_{counter}{{$selected}}[$__rate_interval]))"
+    """Return how often something happened of late; Prometheus extrapolates, and what happens is whole."""
+    return f"round(sum by ({', '.join(by)}) (increase(streamkd_{counter}{{$selected}}[$__rate_interval])))"
 
 
 def share(part: str, whole: str, *by: str, where: str = "") -> str:

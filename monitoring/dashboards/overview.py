@@ -26,7 +26,6 @@ def overview() -> dashboard.Dashboard:
             "Labels.",
             (rate("trained_records_total", "job"), ""),
             colours=((RED, None), (GREEN, 0.001)),
-            decimals=0,
         ),
         figure(
             "Waiting in the feed",
@@ -42,7 +41,6 @@ def overview() -> dashboard.Dashboard:
             "Share of right answers of the answer served, before learning. Lower than usual: look below for a drift, "
             "and whether it recovers.",
             (shared.SERVED_ACCURACY, ""),
-            decimals=1,
         ),
         figure(
             "Best peer",

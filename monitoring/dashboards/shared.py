@@ -115,7 +115,7 @@ def swaps(size: Size) -> timeseries.Panel:
         "are not after drifts: see StreamkdRoleFlapping.",
         (events("role_swaps_total", "reason"), "{{reason}}"),
         size=size,
-        bars=True,
+        blocks=True,
         stacked=True,
     )
 
@@ -145,5 +145,5 @@ def drifts(size: Size) -> timeseries.Panel:
             "{{detector}} on {{signal}}",
         ),
         size=size,
-        bars=True,
+        blocks=True,
     )

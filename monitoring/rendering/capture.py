@@ -1,6 +1,6 @@
-"""Ask Prometheus what each panel of the dashboards asks, and write the answers down for `render.jsx` to draw.
+"""Ask Prometheus what each panel of the dashboards asks, and make a page of the answers, which `render.jsx` draws.
 
-python monitoring/rendering/capture.py http://127.0.0.1:9090 FOLDER --seconds 60
+python monitoring/rendering/capture.py http://127.0.0.1:9090 --seconds 120
 """
 
 import argparse
@@ -10,19 +10,29 @@ from pathlib import Path
 
 from monitoring.dashboards.ask import Question, Window, ask, panels
 
-BOARDS = Path(__file__).parents[1] / "grafana" / "dashboards"
+HERE = Path(__file__).parent
+BOARDS = HERE.parent / "grafana" / "dashboards"
+WIDTH, CELL, MARGIN = 1552, 38, 16
+"""Of a page, of a row of Grafana's grid, and around all of it, in pixels; those of `render.jsx`."""
+PAGE = """<!doctype html>
+<meta charset="utf-8">
+<link rel="stylesheet" href="../render.css">
+<body>
+<script>window.captured = {captured};</script>
+<script src="../render.js"></script>
+"""
 
 
 def main() -> None:
-    """Write one file a dashboard: the dashboard, the time shown, and the answers by panel and query."""
+    """Write a page for each dashboard into out/, and print how to take its picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("address", help="of Prometheus")
-    parser.add_argument("folder", type=Path, help="where the files are written")
-    parser.add_argument("--seconds", type=float, default=60, help="of the time shown, up to --end")
-    parser.add_argument("--end", type=float, default=0, help="seconds since the epoch; now, unless set")
+    parser.add_argument("--seconds", type=float, default=120, help="of the time shown, up to now")
     parser.add_argument("--step", type=float, default=1, help="seconds between two points, and between two scrapes")
     given = parser.parse_args()
-    end = given.end or time.time()
+    out = HERE / "out"
+    out.mkdir(exist_ok=True)
+    end = time.time()
     window = Window(end - given.seconds, end, given.step, given.step)
     for file in sorted(BOARDS.glob("*.json")):
         board = json.loads(file.read_text(encoding="utf-8"))
@@ -33,8 +43,15 @@ def main() -> None:
             ]
             for panel in panels(board)
         }
-        found = {"board": board, "start": window.start, "end": end, "step": given.step, "answers": answers}
-        (given.folder / file.name).write_text(json.dumps(found), encoding="utf-8")
+        captured = {"board": board, "start": window.start, "end": end, "step": given.step, "answers": answers}
+        page = out / f"{file.stem}.html"
+        page.write_text(PAGE.format(captured=json.dumps(captured).replace("</", "<\\/")), encoding="utf-8")
+        rows = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"])
+        print(  # noqa: T201 - for whoever runs it
+            "chromium --headless=new --no-sandbox --disable-gpu --hide-scrollbars --allow-file-access-from-files "
+            f"--virtual-time-budget=8000 --window-size={WIDTH},{rows * CELL + MARGIN} "
+            f"--screenshot={page.with_suffix('.png')} file://{page}"
+        )
 
 
 if __name__ == "__main__":
