@@ -114,9 +114,10 @@ class Reader:
         )
 
     def _peer(self, name: str, values: Values) -> PeerStanding:
-        heard = [
+        alphas = (
             value for (metric, labels), value in values.items() if metric == "alpha" and ("student", name) in labels
-        ]
+        )
+        heard = [alpha for alpha in alphas if alpha]
         return PeerStanding(
             accuracy=self._accuracy(name),
             teacher=bool(_one(values, "teacher", peer=name)),
