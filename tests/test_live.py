@@ -76,9 +76,9 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         stack.callback(daemon.kill)
         heard, alertmanager = None, f"127.0.0.1:{free_port()}"
         if shutil.which("prometheus-alertmanager"):
-            address, heard = stack.enter_context(webhook())
+            told_at, heard = stack.enter_context(webhook())
             file = folder / "monitoring" / "alertmanager" / "alertmanager.yml"
-            text = file.read_text(encoding="utf-8").replace("http://localhost:5001", address)
+            text = file.read_text(encoding="utf-8").replace("http://localhost:5001", told_at)
             file.write_text(re.sub(r"group_(wait|interval): \w+", r"group_\1: 1s", text), encoding="utf-8")
             stack.enter_context(
                 process(
@@ -96,7 +96,9 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         rules = file.parent / "rules" / "alerts.yml"
         text = re.sub(r"for: \w+", "for: 1s", rules.read_text(encoding="utf-8"))
         rules.write_text(text, encoding="utf-8")
-        yield Watched(daemon, began, stack.enter_context(prometheus(file, folder / "tsdb")), heard)
+        address = stack.enter_context(prometheus(file, folder / "tsdb"))
+        assert waited(lambda: got(f"{address}/api/v1/alerts"), 30), "Prometheus does not answer"
+        yield Watched(daemon, began, address, heard)
 
 
 def test_the_drift_alert_fires_on_the_drift_and_not_before(watched: Watched) -> None:
