@@ -1,1 +1,1 @@
-"""The eyes: metrics, health and the prequential tally. They see reports only."""
+"""The eyes: metrics, health and the prequential tally, which see reports only; and what Prometheus and Grafana need."""

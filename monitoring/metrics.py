@@ -11,6 +11,7 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
+    GCCollector,
     Histogram,
     ProcessCollector,
     Summary,
@@ -30,6 +31,7 @@ SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0)
 RECORDS = (1, 4, 16, 64, 256, 1024, 4096)
 PRIORITIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 AGES = (64, 256, 1024, 4096, 16384, 65536, 262144)
+DELAYS = (0.01, 0.1, 1, 10, 60, 600, 3600, 21600, 86400)
 
 
 class Metrics:
@@ -60,6 +62,7 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
         self._define()
         self.build.labels(version=version, python=platform.python_version(), torch=torch.__version__).set(1)
         answering = [*peers, SERVED]
@@ -67,6 +70,7 @@ class Metrics:
         self._correct = {name: self.correct.labels(peer=name) for name in answering}
         parts = ("hard", "soft", "total")
         self._loss = {(p, c): self.loss.labels(peer=p, component=c) for p in peers for c in parts}
+        self._weight = {name: self.served_weight.labels(peer=name) for name in peers}
         self._norm = {name: self.gradient_norm.labels(peer=name) for name in peers}
         actions = ("skipped", "rolled_back", "restarted")
         self._nonfinite = {(p, a): self.nonfinite.labels(peer=p, action=a) for p in peers for a in actions}
@@ -80,6 +84,7 @@ class Metrics:
         self._drifts = self.drifts.labels(detector=detector, signal=signal)
         self._last_drift = self.last_drift.labels(detector=detector, signal=signal)
         self._phase = {phase: self.step_duration.labels(phase=phase) for phase in PHASES}
+        self._feed = feed
         self._feed_records = self.feed_records.labels(feed=feed)
         self._feed_connected = self.feed_connected.labels(feed=feed)
         self._feed_received = self.feed_received.labels(feed=feed)
@@ -115,6 +120,7 @@ class Metrics:
         self.feed_records = counter("feed_records_total", "Records received and decoded.", "feed")
         self.feed_connected = gauge("feed_connected", "1 while the feed can be read.", "feed")
         self.feed_received = gauge("feed_last_record_received_timestamp_seconds", "When the last record came.", "feed")
+        self.feed_lag = gauge("feed_lag_records", "Records that the feed has and has not given.", "feed", "partition")
         self.feed_errors = counter("feed_errors_total", "Errors around the feed.", "feed", "stage", "error_type")
         self.dead_letters = counter("dead_letter_records_total", "Records that could not be used.", "feed", "reason")
         self.steps = counter("steps_total", "Batches that went through the engine.")
@@ -124,6 +130,7 @@ class Metrics:
         self.loss = summary("loss", "What updates minimised, in nats, by part.", "peer", "component")
         self.evaluated = counter("prequential_evaluated_total", "Answers that were scored.", "peer")
         self.correct = counter("prequential_correct_total", "Answers that were right.", "peer")
+        self.served_weight = gauge("served_weight", "Share of a peer in the served answer.", "peer")
         self.gradient_norm = summary("gradient_norm", "Norm of the gradient before clipping.", "peer")
         self.nonfinite = counter("nonfinite_steps_total", "Updates with a gradient not finite.", "peer", "action")
         self.temperature = gauge("temperature", "How soft the lessons of a student are.", "peer")
@@ -152,6 +159,9 @@ class Metrics:
         self.pending = gauge("labels_pending", "Predictions that wait for their labels.")
         self.joined = counter("labels_joined_total", "Labels that came late and were joined.")
         self.expired = counter("labels_expired_total", "Predictions given up before their label came.")
+        self.label_delay = BulkHistogram(
+            "streamkd_label_delay_seconds", "Time from a prediction to its label.", DELAYS, registry
+        )
         self.saves = counter("checkpoint_saves_total", "Attempts to save.", "result")
         self.save_duration = histogram("checkpoint_duration_seconds", "Time to save.", (0.01, 0.03, 0.1, 0.3, 1, 3, 10))
         self.save_size = gauge("checkpoint_size_bytes", "Size of the last checkpoint.")
@@ -195,6 +205,7 @@ class Metrics:
 
     def _observe_peers(self, report: Report) -> None:
         for name, peer in report.peers.items():
+            self._weight[name].set(peer.weight)
             self._temperature[name].set(peer.temperature)
             self._transfer[name].set(peer.transfer_efficiency)
             self._capacity[name].set(peer.capacity_ratio)
@@ -217,6 +228,11 @@ class Metrics:
         for reason, count in refused.items():
             self._refused[reason].inc(count - self._seen_refused.get(reason, 0))
             self._seen_refused[reason] = count
+
+    def observe_lag(self, lag: Mapping[str, int]) -> None:
+        """Take in how many records the feed has that it has not given, by partition."""
+        for partition, records in lag.items():
+            self.feed_lag.labels(feed=self._feed, partition=partition).set(records)
 
     def observe_state(self, state: str) -> None:
         """Take in the state of the process, and with it whether the feed is being read."""

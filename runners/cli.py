@@ -176,6 +176,41 @@ def init(name: str | None = None) -> None:
     sys.stdout.write(f"wrote {target}\n")
 
 
+@app.command
+def watch(
+    url: str = "http://127.0.0.1:9464",
+    *,
+    once: Annotated[bool, Parameter(negative="", help="Print how things stand, and end.")] = False,
+) -> None:
+    """Show a running daemon in the terminal, from its /metrics.
+
+    Parameters
+    ----------
+    url
+        Of the daemon.
+    """
+    from rich.console import Console
+
+    from runners.watch import main as runner
+
+    runner(url, Console(), once=once)
+
+
+@app.command
+def dashboards(directory: Path) -> None:
+    """Write what Prometheus, Alertmanager and Grafana need to watch streamkd: rules, dashboards, runbooks.
+
+    Parameters
+    ----------
+    directory
+        Where to; made if it is not there.
+    """
+    from runners.dashboards_command import main as runner
+
+    runner(directory)
+    sys.stdout.write(f"wrote {directory}; start with {directory / 'README.md'}\n")
+
+
 @bench.command
 def kill(*configurations: str, kills: int = 100, seed: int = 0) -> None:
     """Kill runs with SIGKILL, half of them inside a save, resume them, and compare where they end.

@@ -12,6 +12,7 @@ from typing import Any
 
 from structlog.stdlib import BoundLogger
 
+from monitoring.delays import LabelDelays
 from monitoring.health import Health
 from monitoring.metrics import Metrics, unsound
 from monitoring.server import Server
@@ -77,6 +78,8 @@ class Daemon:
             signal=watch.signal,
             version=version("streamkd"),
         )
+        self._delays = LabelDelays(engine.pending.capacity)
+        self._lag: Callable[[], Mapping[str, int]] = getattr(running.feed, "lag", dict)  # not every feed can tell
         self._saver = Saver(running, self.metrics, log) if resume else None
 
     def run(self) -> None:
@@ -133,6 +136,7 @@ class Daemon:
             if self._hung_up:
                 self._take_over()
             self._observe_refused()
+            self.metrics.observe_lag(self._lag())
             if batch is None:
                 self._log.info("feed ended", records=engine.records)
                 return
@@ -141,6 +145,7 @@ class Daemon:
                 continue
             position = batch.position  # it moves without records, too, where all were refused
             report = self._session.step(batch)
+            self.metrics.label_delay.observe(self._delays.update(batch, time.monotonic()))
             self._observe(report)
             if self._saver:
                 self._saver.after(report.position)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from monitoring.prequential import WINDOW, Tally
+from monitoring.standing import Reader
 from monitoring.trace import Trace
 from runners import logs, picture, session
 from runners.daemon import Daemon
@@ -45,20 +46,24 @@ def _learn(running: session.Session, console: Console, *, live: bool, file: Path
         trace.update(report, tally)
 
     log = logs.configure("error")
-    show: View | None = None
     address = f"http://{configuration.http.host}"
     heading = f"{feed.records:,} records, true drifts at {', '.join(f'{record:,}' for record in feed.drifts)}"
     began = time.perf_counter()
     with ExitStack() as stack:
+        lines = [] if live else [plain(console, tally, max(1, feed.records // 10))]
+        daemon = Daemon(running, log, keep, *lines, resume=False)
+        daemon.on_listening = lambda port: console.print(f"{address}:{port}/metrics  /healthz  /readyz")
         if live:
-            show = View(console, tally, total=feed.records, heading=heading)
-            daemon = Daemon(running, log, keep, show, resume=False)
+            reader, metrics = Reader(), daemon.metrics
+            view = View(
+                console,
+                lambda: reader.read(metrics.registry.collect(), time.time()),
+                heading=lambda: heading,
+                total=feed.records,
+            )
+            stack.enter_context(view.live)
         else:
             console.print(heading)
-            daemon = Daemon(running, log, keep, plain(console, tally, max(1, feed.records // 10)), resume=False)
-        daemon.on_listening = lambda port: console.print(f"{address}:{port}/metrics  /healthz  /readyz")
-        if show is not None:
-            stack.enter_context(show.live)
         daemon.run()
     seconds = time.perf_counter() - began
     result = Evaluation(configuration.seed, configuration.batch, tally, trace, seconds, {}, [])

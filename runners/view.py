@@ -1,6 +1,5 @@
 """The live view in a terminal."""
 
-import time
 from collections.abc import Callable
 
 from rich.console import Console, Group, RenderableType
@@ -11,76 +10,86 @@ from rich.table import Table
 from rich.text import Text
 
 from monitoring.prequential import Tally
+from monitoring.standing import Standing
 from streamkd.report import SERVED, Report
 
 
 class View:
-    """Shows the latest report, a few times a second; `with` puts it on the screen.
+    """Shows how things stand, again and again; `with view.live` puts it on the screen.
 
     Args:
         console: where.
-        tally: counts of the run, kept up to date by someone else.
-        total: records to come in all.
-        heading: a line on top.
+        read: returns how things stand.
+        heading: a line on top, asked for each time.
+        total: records to come in all, where that is known.
+        per_second: how often it is drawn.
     """
 
-    def __init__(self, console: Console, tally: Tally, *, total: int, heading: str) -> None:
-        self._tally = tally
+    def __init__(
+        self,
+        console: Console,
+        read: Callable[[], Standing],
+        *,
+        heading: Callable[[], str],
+        total: int | None = None,
+        per_second: float = 6,
+    ) -> None:
+        self._read = read
         self._heading = heading
-        self._latest: Report | None = None
-        self._last_drift = ""
-        self._last_swap = ""
+        self._total = total
         self._progress = Progress(
             TextColumn("records"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(),
             console=console,
         )
-        self._task = self._progress.add_task("records", total=total, speed="")
-        self._began = time.monotonic()
-        self.live = Live(console=console, get_renderable=self._draw, refresh_per_second=6)
+        self._task = self._progress.add_task("records", total=total)
+        self.live = Live(console=console, get_renderable=self.draw, refresh_per_second=per_second)
 
-    def __call__(self, report: Report) -> None:
-        """Take in one batch."""
-        self._latest = report
-        speed = report.records / max(1e-9, time.monotonic() - self._began)
-        self._progress.update(self._task, completed=report.records, speed=f"{speed:,.0f}/s")
-        for alarm in report.drift:
-            self._last_drift = f"last at record {alarm.record:,}"
-        if report.swap is not None:
-            swap = report.swap
-            self._last_swap = f"last at record {report.records:,}: {swap.before} to {swap.after} ({swap.reason})"
-
-    def _draw(self) -> RenderableType:
-        report, tally = self._latest, self._tally
-        if report is None or not tally.scored:
-            return Panel(Group(self._heading, self._progress), title="streamkd")
-        events = Text(
-            f"drifts found {len(tally.drifts)}  {self._last_drift}\nrole swaps   {len(tally.swaps)}  {self._last_swap}"
-        )
-        return Panel(Group(self._heading, self._progress, peers_table(report, tally), events), title="streamkd")
+    def draw(self) -> RenderableType:
+        """Return what is shown."""
+        standing = self._read()
+        self._progress.update(self._task, completed=standing.records)
+        progress = [] if self._total is None else [self._progress]
+        shown = Group(Text(self._heading()), *progress, peers_table(standing), Text(events(standing)))
+        return Panel(shown, title="streamkd")
 
 
-def peers_table(report: Report, tally: Tally) -> Table:
+def peers_table(standing: Standing) -> Table:
     """Return a row for the served answer and one a peer."""
     made = Table(expand=True)
     for heading in ("", "accuracy, last 1,000", "role", "weight", "temperature", "alpha", "loss"):
         made.add_column(heading, justify="left" if heading in {"", "role"} else "right")
-    made.add_row(SERVED, f"{100 * tally.recent[SERVED].accuracy:.1f} %", "", "", "", "", "", style="bold")
-    for name, peer in report.peers.items():
-        heard = [alpha for (_, student), alpha in report.alphas.items() if student == name]
+    made.add_row(SERVED, _percent(standing.accuracy, 1), "", "", "", "", "", style="bold")
+    for name, peer in standing.peers.items():
         made.add_row(
-            name,
-            f"{100 * tally.recent[name].accuracy:.1f} %",
-            "teacher" if name == report.teacher else "student",
-            f"{100 * peer.weight:.0f} %",
+            Text(name),
+            _percent(peer.accuracy, 1),
+            "teacher" if peer.teacher else "student",
+            _percent(peer.weight),
             f"{peer.temperature:.2f}",
-            f"{sum(heard) / len(heard):.2f}" if heard else "-",
-            f"{peer.loss:.3f}",
+            "-" if peer.alpha is None else f"{peer.alpha:.2f}",
+            "-" if peer.loss is None else f"{peer.loss:.3f}",
         )
     return made
+
+
+def events(standing: Standing) -> str:
+    """Return what happened so far, in a few lines."""
+    ago = "" if standing.since_drift is None else f", the last {standing.since_drift:,.0f} s ago"
+    waiting = "" if standing.lag is None else f", {standing.lag:,} wait in the feed"
+    return (
+        f"{standing.state}: {standing.records:,} records, {standing.speed:,.0f}/s{waiting}\n"
+        f"drifts found {standing.drifts:,}{ago}; role swaps {standing.swaps:,}; "
+        f"the peers agree in {_percent(standing.agreement)}\n"
+        f"refused {standing.refused:,}; labels awaited {standing.pending:,}; "
+        f"since the last checkpoint {standing.uncovered:,}"
+    )
+
+
+def _percent(share: float | None, digits: int = 0) -> str:
+    return "-" if share is None else f"{100 * share:.{digits}f} %"
 
 
 def plain(console: Console, tally: Tally, every: int) -> Callable[[Report], None]:

@@ -1,15 +1,16 @@
-import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
+import torch
 from prometheus_client import generate_latest
+from stack import needs
 from worlds import batches, engine, lively
 
+from monitoring.delays import LabelDelays
 from monitoring.metrics import Metrics
 from runners.daemon import teaching_pairs
 from runners.feeds import REASONS
-from streamkd import Engine
+from streamkd import UNLABELLED, Batch, Engine
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics.txt"
 
@@ -44,8 +45,7 @@ def test_names_and_types_are_those_of_the_golden_list() -> None:
 
 
 def test_promtool_finds_nothing_to_complain_of() -> None:
-    if shutil.which("promtool") is None:
-        pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
+    needs("promtool", "prometheus")
     text = generate_latest(watched(engine()).registry)
     checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
@@ -90,3 +90,14 @@ def test_counters_add_up_to_what_the_reports_said() -> None:
     assert read("streamkd_replay_age_records_count") == drawn
     assert read("streamkd_replay_age_records_bucket", {"le": "+Inf"}) == drawn
     assert read("streamkd_step_duration_seconds_count", {"phase": "learn"}) == len(reports)
+
+
+def test_a_label_is_timed_from_its_prediction_and_what_was_given_up_is_not() -> None:
+    def asked(*names: str, **late: int) -> Batch:
+        return Batch(torch.zeros(len(names), 1), torch.full((len(names),), UNLABELLED), ids=names, late=late)
+
+    delays = LabelDelays(capacity=2)
+    assert delays.update(asked("a", "b"), now=10.0).tolist() == []
+    assert delays.update(asked("c", before=1), now=12.0).tolist() == []
+    assert delays.update(asked(a=0, b=0, c=1), now=15.0).tolist() == [5.0, 3.0]
+    assert delays.update(asked(b=0), now=16.0).tolist() == []

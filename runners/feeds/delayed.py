@@ -1,7 +1,7 @@
 """Labels that come later than their records: question first, answer after, as in a running system."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -64,6 +64,11 @@ class Delayed:
     def progress(self) -> float | None:
         """Return how much of the records was given."""
         return self._feed.progress()
+
+    def lag(self) -> Mapping[str, int]:
+        """Return how many records are still to come, by partition, where the feed can tell."""
+        tell: Callable[[], Mapping[str, int]] = getattr(self._feed, "lag", dict)
+        return tell()
 
     def commit(self, position: Mapping[str, Any]) -> None:
         """Tell the feed."""

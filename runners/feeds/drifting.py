@@ -60,6 +60,10 @@ class DriftingFeed:
         """Return how much of the stream was given, 0 to 1."""
         return self._given / self.records
 
+    def lag(self) -> dict[str, int]:
+        """Return how many records are still to come."""
+        return {"0": self.records - self._given}
+
     def commit(self, position: Mapping[str, Any]) -> None:
         """Do nothing: a generator waits for nobody."""
 

@@ -1,0 +1,93 @@
+"""A real Prometheus, a real Alertmanager and a webhook, on free ports of the loopback, for tests."""
+
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+
+
+def needs(program: str, package: str) -> None:
+    """Skip the test where a program is not installed."""
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed (Debian: apt-get install {package})")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    return port
+
+
+def got(url: str) -> Any:
+    """Return what a server tells in JSON; None while it is not there yet."""
+    try:
+        with urlopen(url, timeout=5) as answer:  # noqa: S310 - one of the servers below
+            return json.load(answer)
+    except OSError:
+        return None
+
+
+def waited(for_what: Callable[[], Any], seconds: float, *, every: float = 0.25) -> Any:
+    """Ask again and again until the answer is true; return the last one."""
+    deadline = time.monotonic() + seconds
+    while not (answer := for_what()) and time.monotonic() < deadline:
+        time.sleep(every)
+    return answer
+
+
+@contextmanager
+def process(*command: str) -> Iterator[None]:
+    """Run a server; it is ended when the block is left."""
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@contextmanager
+def prometheus(configuration: Path, storage: Path) -> Iterator[str]:
+    """Start Prometheus; yields its address."""
+    port = free_port()
+    with process(
+        "prometheus",
+        f"--config.file={configuration}",
+        f"--storage.tsdb.path={storage}",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def webhook() -> Iterator[tuple[str, list[Any]]]:
+    """Listen for alerts; yields the address, and the list that they are put into."""
+    heard: list[Any] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            heard.extend(json.loads(body)["alerts"])
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", heard
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,147 @@
+"""The view of a daemon: of this process's metrics and of another's, by the same reading."""
+
+import io
+import time
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from stack import free_port
+from test_commands import streamkd
+from test_metrics import metrics_of
+from worlds import batches, lively
+
+from monitoring.health import Health
+from monitoring.metrics import Metrics
+from monitoring.server import Server
+from monitoring.standing import Reader
+from runners.view import View
+from runners.watch import Watcher
+from streamkd.errors import ConfigError
+from streamkd.report import Report
+
+
+def learned(metrics: Metrics, reports: int = 100) -> list[Report]:
+    made = lively()
+    taken = [made.step(batch) for batch in batches(late=True)[:reports]]
+    for report in taken:
+        metrics.observe(report, now=time.time())
+    return taken
+
+
+def served(metrics: Metrics, port: int = 0) -> Server:
+    return Server("127.0.0.1", port, metrics.registry, Health(time.monotonic, 60.0), dict)
+
+
+def test_a_registry_and_what_it_tells_over_http_read_the_same() -> None:
+    metrics = metrics_of(lively())
+    learned(metrics)
+    text = generate_latest(metrics.registry).decode()
+    one, other = (
+        Reader().read(metrics.registry.collect(), 2e9),
+        Reader().read(text_string_to_metric_families(text), 2e9),
+    )
+    assert one.peers == other.peers
+    assert (one.accuracy, one.agreement, one.drifts, one.swaps) == (
+        other.accuracy,
+        other.agreement,
+        other.drifts,
+        other.swaps,
+    )
+
+
+def test_accuracy_is_that_of_the_last_thousand_labelled_records_or_a_few_more() -> None:
+    metrics, reader, made = metrics_of(lively()), Reader(), lively()
+    answers: list[bool] = []
+    for count, batch in enumerate(batches(3200)):
+        report = made.step(batch)
+        metrics.observe(report, now=1.0)
+        answers += (report.scored.predicted["served"] == report.scored.y).tolist()
+        standing = reader.read(metrics.registry.collect(), 1e9 + count)
+    recent = answers[-1008:]  # batches have 16 records
+    assert standing.accuracy == pytest.approx(sum(recent) / len(recent))
+    assert standing.records == 3200
+
+
+def test_what_is_shown_is_what_the_reports_say() -> None:
+    metrics = metrics_of(lively())
+    reports = learned(metrics)
+    standing = Reader().read(metrics.registry.collect(), time.time())
+    last = reports[-1]
+    assert [name for name, peer in standing.peers.items() if peer.teacher] == [last.teacher]
+    assert {name: peer.weight for name, peer in standing.peers.items()} == {
+        name: peer.weight for name, peer in last.peers.items()
+    }
+    assert standing.swaps == sum(report.swap is not None for report in reports) > 0
+    assert standing.pending == last.pending
+    for name, peer in standing.peers.items():
+        heard = [alpha for (_, student), alpha in last.alphas.items() if student == name and alpha]
+        assert peer.alpha == (pytest.approx(sum(heard) / len(heard)) if heard else None)
+
+
+def test_another_process_at_the_same_place_starts_afresh() -> None:
+    first, second, reader = metrics_of(lively()), metrics_of(lively()), Reader()
+    learned(first)
+    reader.read(first.registry.collect(), 1e9)
+    learned(second, reports=20)
+    standing = reader.read(second.registry.collect(), 1e9 + 1)
+    assert standing.accuracy == Reader().read(second.registry.collect(), 1e9 + 1).accuracy
+
+
+def test_watch_prints_how_a_daemon_stands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = metrics_of(lively())
+    learned(metrics)
+    metrics.observe_state("running")
+    metrics.observe_lag({"0": 7})
+    with served(metrics) as server:
+        assert streamkd(monkeypatch, "watch", f"127.0.0.1:{server.port}", "--once") == 0
+    shown = capsys.readouterr().out
+    assert f"http://127.0.0.1:{server.port}/metrics" in shown
+    assert "running: 1,600 records" in shown
+    assert "7 wait in the feed" in shown
+    assert {"served", "teacher", "student"} <= set(shown.split())
+
+
+def test_watch_goes_on_while_there_is_no_answer_and_says_so() -> None:
+    metrics, port = metrics_of(lively()), free_port()
+    learned(metrics)
+    watcher = Watcher(f"http://127.0.0.1:{port}/metrics")
+    with served(metrics, port):
+        standing = watcher.ask()
+        assert watcher.heading() == f"http://127.0.0.1:{port}/metrics"
+    assert watcher.ask() == standing
+    assert "no answer for 0 s" in watcher.heading()
+    with served(metrics, port):
+        watcher.ask()
+        assert "no answer" not in watcher.heading()
+
+
+def test_watch_of_nothing_or_of_something_else_is_told_on_one_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert streamkd(monkeypatch, "watch", f"127.0.0.1:{free_port()}", "--once") == 2
+    assert "name the daemon's http.host and http.port" in " ".join(capsys.readouterr().err.split())
+    assert streamkd(monkeypatch, "watch", "nonsense://", "--once") == 2
+    empty = metrics_of(lively())
+    empty.registry = type(empty.registry)()
+    with served(empty) as server, pytest.raises(ConfigError, match="not the metrics of streamkd"):
+        Watcher(f"127.0.0.1:{server.port}").ask()
+
+
+def test_the_view_draws_before_the_first_record_and_after() -> None:
+    metrics, reader, screen = metrics_of(lively()), Reader(), io.StringIO()
+    console = Console(file=screen, width=100)
+    view = View(
+        console,
+        lambda: reader.read(metrics.registry.collect(), time.time()),
+        heading=lambda: "a made-up stream [1]",
+        total=1600,
+    )
+    console.print(view.draw())
+    learned(metrics)
+    console.print(view.draw())
+    before, after = screen.getvalue().split("streamkd")[1:]
+    assert "a made-up stream [1]" in before
+    assert "0/1600" in before
+    assert "1600/1600" in after
