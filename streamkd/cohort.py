@@ -46,6 +46,8 @@ class Distillation:
         unlabelled: the weight of records that will never have a label, from which all peers learn the served answer
             where it gives a class at least `confidence` (Lee 2013, softly). 0: nothing is learned from them.
         confidence: likewise.
+        doubt: the share of that answer which is spread evenly over the classes instead.
+        interpolate: up to which share such a record is mixed with another one, inputs and answers alike; 0 for none.
         temperature_boost, rate_boost, effort_boost: factors on temperature, learning rate and updates a batch at an
             alarm, fading by half every `boost_half_life` updates.
     """
@@ -59,8 +61,10 @@ class Distillation:
     cap: bool = True
     burn_in: int = 10
     freeze_after: int = 1_000
-    unlabelled: float = 1.0
-    confidence: float = 0.8
+    unlabelled: float = 3.0
+    confidence: float = 0.0
+    doubt: float = 0.4
+    interpolate: float = 0.5
     temperature_boost: float = 1.0
     rate_boost: float = 1.0
     effort_boost: float = 3.0

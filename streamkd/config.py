@@ -68,6 +68,8 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
             freeze_after=rule.freeze_after,
             unlabelled=rule.unlabelled,
             confidence=rule.confidence,
+            doubt=rule.doubt,
+            interpolate=rule.interpolate,
             **boosts,
         ),
         replay=replay.ReplayBuffer(**memory, evict=getattr(replay, rehearsal.evict), seed=settings.seed + 1_000_003),

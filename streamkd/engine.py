@@ -34,6 +34,7 @@ from streamkd.river_peer import RiverPeer
 from streamkd.roles import Election, Swap
 from streamkd.served import Served
 from streamkd.transfer import TransferEfficiency
+from streamkd.untold import doubted, interpolated
 
 
 class Engine:
@@ -264,24 +265,27 @@ class Engine:
         classes = int(self.seen.sum())
         if len(answers):
             self.cohort.schedule(self.roles.teacher, classes)
+        rule = self.cohort.distillation
         x, open_x = self.inputs(answers.x), self.inputs(untold.x)
+        targets = doubted(untold.served, self.seen.to(self.device), rule.doubt)
         faulty = torch.zeros(len(answers), dtype=torch.bool, device=x.device)
         learned = []
         for drawn in memories:
             new = (~faulty).nonzero()[:, 0]
             recalled = self.inputs(drawn.x.to(self.device, x.dtype)) if len(drawn) else x[:0]
             told = len(new) + len(drawn)
+            mixed, mixed_targets = interpolated(open_x, targets, rule.interpolate)
             lesson = Lesson(
-                torch.cat([recalled, x[new], open_x]),
+                torch.cat([recalled, x[new], mixed]),
                 torch.cat([drawn.y.to(self.device), answers.y[new], untold.y]),
                 torch.cat(
                     [
                         (drawn.weights / max(1, len(drawn))).to(self.device),
                         self._shares(len(new)),
-                        self._shares(len(untold)) * self.cohort.distillation.unlabelled,
+                        self._shares(len(untold)) * rule.unlabelled,
                     ]
                 ),
-                torch.cat([untold.served.new_zeros(told, self.classes), untold.served]) if len(untold) else None,
+                torch.cat([targets.new_zeros(told, self.classes), mixed_targets]) if len(untold) else None,
             )
             result = self.cohort.learn(
                 lesson,

@@ -270,7 +270,7 @@ def test_a_record_that_waits_for_its_label_is_not_taught() -> None:
 
 
 def test_what_is_taught_brings_the_peers_together() -> None:
-    made = engine(distillation=Distillation("none", confidence=0.0, burn_in=0), drift=DriftWatch(never()))
+    made = engine(distillation=Distillation("none", burn_in=0, interpolate=0.0, doubt=0.0), drift=DriftWatch(never()))
     made.replay = ReplayBuffer(0)
     stream = batches(480)
     for batch in stream[:2]:
@@ -283,3 +283,26 @@ def test_what_is_taught_brings_the_peers_together() -> None:
         for said in (before.log_p[:2], after)
     )
     assert float(now) < float(was)
+
+
+def test_a_lesson_from_a_record_without_a_label_repeats_for_a_seed_and_is_chance_otherwise() -> None:
+    def taught(seed: int) -> str:
+        made = engine(distillation=Distillation("none", interpolate=0.5))
+        torch.manual_seed(seed)
+        for batch in batches(480):
+            made.step(hidden(batch, slice(4, None)))
+        return checkpoint.digest(made.cohort.state_dict())
+
+    assert taught(1) == taught(1) != taught(2)
+
+
+def test_where_every_record_has_a_label_nothing_is_drawn_for_those_without() -> None:
+    stream = batches(480)
+    learned = []
+    for rule in (Distillation(), Distillation(unlabelled=0.0)):
+        made = engine(distillation=rule)
+        torch.manual_seed(3)
+        for batch in stream:
+            made.step(batch)
+        learned.append(checkpoint.digest(made.state_dict()))
+    assert learned[0] == learned[1]
