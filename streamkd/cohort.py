@@ -63,7 +63,7 @@ class Distillation:
     freeze_after: int = 1_000
     unlabelled: float = 3.0
     confidence: float = 0.0
-    doubt: float = 0.4
+    doubt: float = 0.1
     interpolate: float = 0.5
     temperature_boost: float = 1.0
     rate_boost: float = 1.0

@@ -127,6 +127,12 @@ def test_a_model_whose_output_does_not_fit_is_refused_with_both_widths() -> None
         build_engine(load("default", ["peers.0.model={kind='test_settings:Net', width=7}"]), (5,))
 
 
+def test_the_compact_student_is_at_least_ten_times_smaller_than_its_teachers() -> None:
+    *teachers, student = build_engine(load("compact"), (33,)).cohort.peers
+    assert student.name == "student"
+    assert all(teacher.capacity >= 10 * student.capacity for teacher in teachers)
+
+
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_shipped_configuration_builds(name: str) -> None:
     assert len(build_engine(load(name), (6,)).cohort) >= 2
