@@ -7,8 +7,8 @@ from torch import Tensor
 def doubted(served: Tensor, seen: Tensor, doubt: float) -> Tensor:
     """Spread the share `doubt` of the served probabilities evenly over the classes that were seen.
 
-    Peers that learn from their own answers grow ever surer of them; evenly spread, the doubt holds them back without
-    changing what they answer (label smoothing, Szegedy et al. 2016).
+    What is taught may be wrong, so it is taught less surely; evenly spread, the doubt changes no answer, which a share
+    of the label rates would (label smoothing, Szegedy et al. 2016).
 
     Args:
         served: `[n, classes]`.
