@@ -43,6 +43,7 @@ REASONS = (
     "non_finite_step",
     "too_long",
     "truncated",
+    "no_id",
 )
 
 Refuse = Callable[[DeadLetter], None]
