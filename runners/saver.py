@@ -120,13 +120,18 @@ class Saver:
         )
 
     def after(self, position: Mapping[str, Any]) -> None:
-        """Take in that a batch was learned, up to `position`; save, if it is time and the last save is done."""
+        """Take in what was learned up to `position`; save, if it is time and the last save is done.
+
+        Called while the feed is idle, too, so that it hears of the last save without another record.
+        """
         self.position = position
         if self._writing is not None and self._writing.done():
             self._collect()
         records = self._session.engine.records
         self._metrics.uncovered.set(records - self.covered)
-        if self._writing is None and (records >= self._next_records or time.monotonic() >= self._next_time):
+        if self._writing is not None or self._session.engine.steps == self._covered_steps:
+            return
+        if records >= self._next_records or time.monotonic() >= self._next_time:
             self._stage()
 
     def close(self, *, save: bool) -> None:
