@@ -101,7 +101,7 @@ class Configuration(EngineSettings):
         return Delayed(feed, self.labels.delay) if self.labels.delay else feed
 
 
-FEED = ("name", "shape", "poll", "seek", "progress", "commit", "describe", "close")
+FEED = tuple(sorted({*Feed.__annotations__, *(name for name in vars(Feed) if not name.startswith("_"))}))
 """What a feed has."""
 RELOADABLE = frozenset(
     {

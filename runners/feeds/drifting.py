@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from river.datasets import synth
 
+from runners.feeds import NONE, REPLAYABLE
 from runners.feeds.classes import ClassMap
 from streamkd.batch import Batch
 
@@ -28,6 +29,9 @@ class DriftingFeed:
 
     def __init__(self, records: int, seed: int) -> None:
         self.name = "drifting"
+        self.capabilities = REPLAYABLE
+        self.connected = True
+        self.resets = self.failures = NONE
         self.shape: tuple[int, ...] = (FEATURES,)
         self.records = records
         self.drifts = [records * k // 5 for k in range(1, 5)]
@@ -59,6 +63,10 @@ class DriftingFeed:
     def progress(self) -> float:
         """Return how much of the stream was given, 0 to 1."""
         return self._given / self.records
+
+    def lag(self) -> Mapping[str, int]:
+        """Return nothing: a generator has no backlog."""
+        return NONE
 
     def commit(self, position: Mapping[str, Any]) -> None:
         """Do nothing: a generator waits for nobody."""

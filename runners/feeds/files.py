@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from runners.feeds import DeadLetter, Refuse
+from runners.feeds import NONE, REPLAYABLE, DeadLetter, Refuse
 from runners.feeds.classes import ClassMap
 from runners.feeds.decode import RefusedError, assign
 from runners.feeds.lines import Line, Lines
@@ -43,6 +43,9 @@ class FileFeed:
         refuse: Refuse,
     ) -> None:
         self.name = "file"
+        self.capabilities = REPLAYABLE
+        self.connected = True
+        self.resets = self.failures = NONE
         self.path = path
         self.shape = decoder.shape
         self._lines = lines
@@ -96,6 +99,10 @@ class FileFeed:
     def progress(self) -> float:
         """Return how much of the file was read, 0 to 1."""
         return self._lines.progress
+
+    def lag(self) -> Mapping[str, int]:
+        """Return nothing: what a file still holds is told by `progress`."""
+        return NONE
 
     def commit(self, position: Mapping[str, Any]) -> None:
         """Do nothing: a file waits for nobody."""
