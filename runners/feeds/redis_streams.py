@@ -41,6 +41,7 @@ class Entries:
     def __init__(self, server: "Server", stream: str, field: str) -> None:
         self.capabilities = REPLAYABLE
         self.lag: Mapping[str, int] = NONE
+        self.ended = False
         self._server, self._stream, self._field = server, stream, field
         self._last, self._seen = "0-0", 0
 
@@ -109,6 +110,7 @@ class Group:
     ) -> None:
         self.capabilities = Capabilities(replayable=False, promise="at least once")
         self.lag: Mapping[str, int] = NONE
+        self.ended = False
         self._server, self._stream, self._field = server, stream, field
         self._group, self._consumer, self._idle = group, consumer, idle_seconds
         self._taken = 0

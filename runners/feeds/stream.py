@@ -69,6 +69,10 @@ class Source(Protocol):
     lag: Mapping[str, int]
     """Messages that wait, by partition, as of the last read."""
 
+    @property
+    def ended(self) -> bool:
+        """Whether all there will ever be was read."""
+
     def open(self, place: Place | None, start: Start) -> Place:
         """Connect, and stand after `place`; without one, at one end. Called again after a loss; return the place.
 
@@ -192,7 +196,7 @@ class StreamFeed:
                 refused += 1
             else:
                 found.append(read)
-        if not found and not refused and self.connected and not self._reading.follow:
+        if not found and not refused and self.connected and (self._source.ended or not self._reading.follow):
             return None
         self._records += len(found)
         return self._decoder.batch(found, self.position())
