@@ -11,6 +11,12 @@ KINDS = {
     "csv": "runners.feeds.files:text_file",
     "jsonl": "runners.feeds.files:text_file",
     "redis": "runners.feeds.redis_streams:redis_stream",
+    "nats": "runners.feeds.jetstream:jetstream",
+    "tail": "runners.feeds.tail:tail",
+    "stdin": "runners.feeds.stdin:stdin",
+    "parquet": "runners.feeds.rows:table_file",
+    "arrow": "runners.feeds.rows:table_file",
+    "iterable": "runners.feeds.rows:iterable",
     "drifting": "runners.feeds.drifting:drifting",
 }
 """The feeds that ship with streamkd, by `feed.kind`."""
