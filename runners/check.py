@@ -35,6 +35,7 @@ def check(configuration: Configuration, console: Console) -> None:
     """
     session.prepare_torch(configuration)
     refused: list[DeadLetter] = []
+    configuration.open_predictions().close()
     feed = configuration.open_feed(refused.append)
     try:
         engine = build_engine(configuration, feed.shape)

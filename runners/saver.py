@@ -158,7 +158,7 @@ class Saver:
         self._next_records = engine.records + self.settings.every_records
         self._next_time = self._time_of_next()
         try:
-            self._session.dead_letters.flush()
+            self._session.flush()
         except OSError as error:
             self._fail(error)
             return

@@ -10,6 +10,8 @@ from pydantic import Field
 
 from runners.feeds import KINDS, Feed, Refuse
 from runners.feeds.delayed import Delayed
+from runners.predictions import KINDS as SINKS
+from runners.predictions import Predictions
 from runners.shipped import shipped
 from streamkd.config import make
 from streamkd.errors import ConfigError, FeedError, StreamkdError, reason
@@ -63,10 +65,20 @@ class Configuration(EngineSettings):
         float, Field(gt=0, description="for the last step and the last save, once asked to stop")
     ] = 25.0
     feed: Part | None = None
+    predictions: Part = Part(kind="none")
     checkpoint: CheckpointSettings = CheckpointSettings()
     http: HttpSettings = HttpSettings()
     dead_letters: DeadLetterSettings = DeadLetterSettings()
     log: LogSettings = LogSettings()
+
+    def open_predictions(self) -> Predictions:
+        """Open what takes the predictions.
+
+        Raises:
+            ConfigError: a setting is missing or does not fit.
+            FeedError: it cannot be reached.
+        """
+        return Predictions(make(self.predictions, SINKS, "predictions"))
 
     def open_feed(self, refuse: Refuse) -> Feed:
         """Open the feed.

@@ -223,12 +223,16 @@ class Server:
     Args:
         url: as redis-py takes it.
         password: where the url has none.
+        key: of the table of settings, for messages.
+
+    Raises:
+        ConfigError: the client is not installed, or the url is none.
     """
 
-    def __init__(self, url: str, password: str | None) -> None:
-        self._redis = imported("redis", "redis", "feed.kind = 'redis'")
-        retry = imported("redis.retry", "redis", "feed.kind = 'redis'")
-        backoff = imported("redis.backoff", "redis", "feed.kind = 'redis'")
+    def __init__(self, url: str, password: str | None, key: str = "feed") -> None:
+        self._redis, retry, backoff = (
+            imported(name, "redis", f"{key}.kind = 'redis'") for name in ("redis", "redis.retry", "redis.backoff")
+        )
         try:
             self._client = self._redis.Redis.from_url(
                 url,
@@ -238,7 +242,7 @@ class Server:
                 retry=retry.Retry(backoff.NoBackoff(), 0),  # the feed tries again itself, and tells
             )
         except ValueError as error:
-            raise ConfigError(f"feed.url = {url!r}: {error}") from None
+            raise ConfigError(f"{key}.url = {url!r}: {error}") from None
 
     def ask(self, *calls: tuple[Any, ...]) -> list[Any]:
         """Run commands in one transaction, so that what they tell is of one moment.
