@@ -52,6 +52,7 @@ REASONS = (
     "too_long",
     "truncated",
     "no_id",
+    "no_record",
 )
 
 Refuse = Callable[[DeadLetter], None]

@@ -126,6 +126,7 @@ def assign(
     ignore: Sequence[str],
     buckets: int,
     missing: Sequence[str],
+    labels_only: bool = False,
 ) -> Columns:
     """Decide what each column that is `present` is for.
 
@@ -139,6 +140,7 @@ def assign(
         ignore: columns to leave out.
         buckets: features a categorical column.
         missing: cells that mean "not known".
+        labels_only: all columns but the label's and the id's are left out.
 
     Raises:
         ConfigError: a column is named twice or is not there, or no column is left to learn from.
@@ -163,7 +165,7 @@ def assign(
         if twice is not None:
             raise ConfigError(f"feed.{setting} = {twice!r}: feed.{uses[twice]} has it, too; name it in one of them")
         uses |= dict.fromkeys(named[setting], setting)
-    left = [name for name in present if uses.get(name, "categorical") == "categorical"]
+    left = [name for name in present if uses.get(name, "categorical") == "categorical" and not labels_only]
     columns = Columns(
         label,
         tuple(name for name in left if name not in categorical),
@@ -172,7 +174,7 @@ def assign(
         frozenset(missing),
         id,
     )
-    if not columns.width:
+    if not columns.width and not labels_only:
         raise ConfigError(f"feed.{key} = {where!r}: no column is left to learn from; there are {_listed(present)}")
     return columns
 

@@ -298,6 +298,7 @@ def text_file(
     delimiter: Annotated[str, Field(min_length=1, max_length=1, pattern=r'[^"\r\n]')] = ",",
     shape: tuple[Annotated[int, Field(ge=1)], ...] = (),
     classes: Names = (),
+    labels_only: bool = False,
     max_classes: int,
     refuse: Refuse,
 ) -> FileFeed:
@@ -316,6 +317,7 @@ def text_file(
         shape: of one record, for images written as rows of pixels: [channels, height, width].
         classes: all labels that there are, in the order of their indices; a record with another one is refused. Left
             out, labels are numbered as they appear.
+        labels_only: the records are labels of another feed's: of an id and a label.
         max_classes: most labels there may be.
         refuse: takes the records that cannot be used.
 
@@ -336,6 +338,7 @@ def text_file(
             ignore=ignore,
             buckets=buckets,
             missing=missing,
+            labels_only=labels_only,
         )
         decoder = Decoder(columns, ClassMap(max_classes, classes), shape=shape, where=f"feed.path = {str(path)!r}")
         feed = FileFeed(path, lines, reader, decoder, refuse)

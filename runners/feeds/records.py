@@ -70,7 +70,7 @@ class Decoder:
         """Return records as a batch; none of them make an empty one."""
         x = np.stack([record.features for record in records]) if records else np.empty((0, self.columns.width))
         return Batch(
-            torch.from_numpy(x).reshape(-1, *self.shape),
+            torch.from_numpy(x).reshape(len(records), *self.shape),
             torch.tensor([record.label for record in records], dtype=torch.int64),
             ids=tuple(record.id for record in records) if self.columns.id else (),
             position=position,

@@ -131,6 +131,7 @@ class Reading(Settings):
         on_position_lost: what to do where the source no longer has the checkpoint's position.
         follow: wait for more at the end; false: end there.
         wait_seconds: for a first record, where `columns` are left out.
+        labels_only: the records are labels of another feed's.
     """
 
     label: Name
@@ -146,6 +147,11 @@ class Reading(Settings):
     on_position_lost: Literal["fail", "earliest", "latest"] = "fail"
     follow: bool = True
     wait_seconds: Annotated[float, Field(ge=0)] = 10.0
+    labels_only: bool = False
+
+
+ASSIGNED = {"id", "label", "categorical", "ignore", "buckets", "missing", "labels_only"}
+"""Of these settings, those that say what each column is for."""
 
 
 class StreamFeed:
@@ -379,14 +385,16 @@ def open_stream(
         unless_it_fits.callback(source.close)
         try:
             place = source.open(None, settings.start)
-            first = [] if settings.columns else _look(source, settings.wait_seconds)
+            first = [] if settings.columns or settings.labels_only else _look(source, settings.wait_seconds)
         except UnreachableError as error:
             raise unreachable(about, error) from error
         columns = assign(
             _columns(first, decode, settings, about),
             where=about["stream"],
             key=about["key"],
-            **settings.model_dump(include={"id", "label", "categorical", "ignore", "buckets", "missing"}),
+            **settings.model_dump(
+                include={"id", "label", "categorical", "ignore", "buckets", "missing", "labels_only"}
+            ),
         )
         where = f"feed.{about['key']} = {about['stream']!r}"
         decoder = Decoder(columns, ClassMap(max_classes, settings.classes), shape=settings.shape, where=where)
@@ -409,7 +417,7 @@ def _columns(
     settings: Reading,
     about: Mapping[str, str],
 ) -> list[str]:
-    if settings.columns:
+    if settings.columns or settings.labels_only:
         return list(dict.fromkeys([*settings.columns, *filter(None, (settings.label, settings.id))]))
     where = f"feed.{about['key']} = {about['stream']!r}"
     if not first:
