@@ -233,6 +233,28 @@ def test_a_payload_of_many_records_is_left_and_found_again_in_its_middle(broker:
     check_feed(lambda: made.open(refuse=lambda _: None))
 
 
+def test_an_entry_deleted_by_hand_is_no_loss(broker: Broker) -> None:
+    made = stand(broker, columns=("a", "b"))
+    made.publish(conformance.rows(0, 10))
+    with redis.Redis.from_url(url(broker)) as client:
+        client.xdel("s", client.xrange("s")[5][0])
+    feed = made.open(refuse=lambda _: None)
+    batch = feed.poll(16)
+    assert batch is not None
+    assert len(batch) == 9
+    assert not any(feed.lag().values())
+    feed.close()
+    assert made.forget is not None
+    made.forget(9)
+    made.publish(conformance.rows(10, 12))
+    again = made.open(refuse=lambda _: None)
+    again.seek(batch.position)
+    batch = again.poll(16)
+    again.close()
+    assert batch is not None
+    assert batch.ids == ("r10", "r11")
+
+
 def test_latest_begins_with_what_comes_next(broker: Broker) -> None:
     made = stand(broker, start="latest")
     made.publish(conformance.rows(0, 10))

@@ -70,16 +70,18 @@ class Entries:
         if _number(about["last-generated-id"]) < _number(self._last) or added < self._seen:
             raise PositionLostError("recreated", f"there is no entry {self._last} in it: it is another stream")
         trimmed = added - about["length"] - self._seen
-        if trimmed > 0 and (not about["length"] or _number(about["recorded-first-entry-id"]) > _number(self._last)):
+        oldest = about["recorded-first-entry-id"] if about["length"] else about["last-generated-id"]
+        if trimmed > 0 and _number(oldest) > _number(self._last):
             raise PositionLostError(
                 "trimmed", f"{trimmed} entries after {self._last} were trimmed before they were read"
             )
+        entries = _entries(found, self._stream)
+        if len(entries) < most:
+            self._seen = added - len(entries)  # those that were deleted one by one are not waited for
         messages = []
-        for name, fields in _entries(found, self._stream):
+        for name, fields in entries:
             self._last, self._seen = name, self._seen + 1
             messages.append(_message(name, fields, self._field, {"id": name, "seen": self._seen}))
-        if len(messages) < most:
-            self._seen = added  # entries that were deleted one by one are not waited for
         self.lag = {PARTITION: max(0, added - self._seen)}
         return messages
 
