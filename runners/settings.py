@@ -154,7 +154,10 @@ class Configuration(EngineSettings):
         return feed
 
 
-FEED = tuple(sorted({*Feed.__annotations__, *(name for name in vars(Feed) if not name.startswith("_"))}))
+FEED = (
+    *("name", "shape", "poll", "seek", "progress", "commit", "describe", "close"),
+    *("capabilities", "connected", "resets", "failures", "lag"),
+)
 """What a feed has."""
 RELOADABLE = frozenset(
     {
