@@ -13,12 +13,14 @@ class Health:
     Attributes:
         clock: reads seconds; any origin will do.
         stalled_seconds: without progress for this long, the loop is taken for stuck.
+        connected: whether the feed can be read now.
     """
 
     clock: Callable[[], float]
     stalled_seconds: float
     state: str = "starting"
     restored: bool = False
+    connected: bool = True
     last_progress: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -36,4 +38,5 @@ class Health:
 
     def ready(self) -> dict[str, bool]:
         """Return the checks of readiness."""
-        return {"restored": self.restored, "running": self.state == "running", **self.alive()}
+        running = self.state == "running"
+        return {"restored": self.restored, "running": running, "feed_connected": self.connected, **self.alive()}

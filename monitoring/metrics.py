@@ -44,6 +44,8 @@ class Metrics:
         sources: who teaches whom: every (teacher, student) that can occur.
         feed: name.
         reasons: for which records can be refused.
+        resets: for which the feed's position can be lost.
+        stages: at which its source can fail.
         detector, signal: what is watched for drift.
         version: of streamkd.
     """
@@ -55,6 +57,8 @@ class Metrics:
         sources: Sequence[tuple[str, str]],
         feed: str,
         reasons: Sequence[str],
+        resets: Sequence[str] = (),
+        stages: Sequence[str] = (),
         detector: str,
         signal: str,
         version: str,
@@ -90,6 +94,9 @@ class Metrics:
         self._feed_received = self.feed_received.labels(feed=feed)
         self._refused = {reason: self.dead_letters.labels(feed=feed, reason=reason) for reason in reasons}
         self._unwritten = self.feed_errors.labels(feed=feed, stage="dead_letter", error_type="write")
+        self._resets = {reason: self.resets.labels(feed=feed, reason=reason) for reason in resets}
+        self._failed = {s: self.feed_errors.labels(feed=feed, stage=s, error_type="unreachable") for s in stages}
+        self._feed = feed
         self._saves = {result: self.saves.labels(result=result) for result in ("success", "failure")}
         self._restores = {result: self.restores.labels(result=result) for result in ("success", "fallback")}
         self._states = {state: self.state.labels(state=state) for state in STATES}
@@ -97,21 +104,21 @@ class Metrics:
         self._joined = self._expired = 0
         self._seen_refused: dict[str, int] = {}
         self._seen_unwritten = 0
+        self._seen_resets: dict[str, int] = {}
+        self._seen_failed: dict[str, int] = {}
 
     def _define(self) -> None:
-        registry = self.registry
-
         def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"streamkd_{name}", text, labels, registry=registry)
+            return Gauge(f"streamkd_{name}", text, labels, registry=self.registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"streamkd_{name}", text, labels, registry=registry)
+            return Counter(f"streamkd_{name}", text, labels, registry=self.registry)
 
         def summary(name: str, text: str, *labels: str) -> Summary:
-            return Summary(f"streamkd_{name}", text, labels, registry=registry)
+            return Summary(f"streamkd_{name}", text, labels, registry=self.registry)
 
         def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
-            return Histogram(f"streamkd_{name}", text, labels, buckets=buckets, registry=registry)
+            return Histogram(f"streamkd_{name}", text, labels, buckets=buckets, registry=self.registry)
 
         self.build = gauge("build_info", "Versions, as labels; always 1.", "version", "python", "torch")
         self.state = gauge("state", "1 for the state that the process is in.", "state")
@@ -119,8 +126,9 @@ class Metrics:
         self.reloaded.set(1)
         self.feed_records = counter("feed_records_total", "Records received and decoded.", "feed")
         self.feed_connected = gauge("feed_connected", "1 while the feed can be read.", "feed")
+        self.lag = gauge("feed_lag_records", "Records that wait in the source.", "feed", "partition")
+        self.resets = counter("feed_position_resets_total", "Positions that the source had lost.", "feed", "reason")
         self.feed_received = gauge("feed_last_record_received_timestamp_seconds", "When the last record came.", "feed")
-        self.feed_lag = gauge("feed_lag_records", "Records that the feed has and has not given.", "feed", "partition")
         self.feed_errors = counter("feed_errors_total", "Errors around the feed.", "feed", "stage", "error_type")
         self.dead_letters = counter("dead_letter_records_total", "Records that could not be used.", "feed", "reason")
         self.steps = counter("steps_total", "Batches that went through the engine.")
@@ -151,16 +159,16 @@ class Metrics:
         self.replay_size = gauge("replay_records", "Records in the memory.")
         self.replay_capacity = gauge("replay_capacity_records", "Records that the memory can hold.")
         self.replay_priority = BulkHistogram(
-            "streamkd_replay_priority", "Priority of what was recalled.", PRIORITIES, registry
+            "streamkd_replay_priority", "Priority of what was recalled.", PRIORITIES, self.registry
         )
         self.replay_age = BulkHistogram(
-            "streamkd_replay_age_records", "Age of what was recalled, in records.", AGES, registry
+            "streamkd_replay_age_records", "Age of what was recalled, in records.", AGES, self.registry
         )
         self.pending = gauge("labels_pending", "Predictions that wait for their labels.")
         self.joined = counter("labels_joined_total", "Labels that came late and were joined.")
         self.expired = counter("labels_expired_total", "Predictions given up before their label came.")
         self.label_delay = BulkHistogram(
-            "streamkd_label_delay_seconds", "Time from a prediction to its label.", DELAYS, registry
+            "streamkd_label_delay_seconds", "Time from a prediction to its label.", DELAYS, self.registry
         )
         self.saves = counter("checkpoint_saves_total", "Attempts to save.", "result")
         self.save_duration = histogram("checkpoint_duration_seconds", "Time to save.", (0.01, 0.03, 0.1, 0.3, 1, 3, 10))
@@ -229,16 +237,32 @@ class Metrics:
             self._refused[reason].inc(count - self._seen_refused.get(reason, 0))
             self._seen_refused[reason] = count
 
-    def observe_lag(self, lag: Mapping[str, int]) -> None:
-        """Take in how many records the feed has that it has not given, by partition."""
+    def observe_feed(
+        self, *, connected: bool, lag: Mapping[str, int], resets: Mapping[str, int], failures: Mapping[str, int]
+    ) -> None:
+        """Take in how the feed stands.
+
+        Args:
+            connected: whether its source can be read.
+            lag: records that wait there, by partition.
+            resets: positions lost so far, by reason.
+            failures: of the source so far, by stage.
+        """
+        self._feed_connected.set(connected)
         for partition, records in lag.items():
-            self.feed_lag.labels(feed=self._feed, partition=partition).set(records)
+            self.lag.labels(feed=self._feed, partition=partition).set(records)
+        for reason, count in resets.items():
+            self._resets[reason].inc(count - self._seen_resets.get(reason, 0))
+        for stage, count in failures.items():
+            self._failed[stage].inc(count - self._seen_failed.get(stage, 0))
+        self._seen_resets, self._seen_failed = dict(resets), dict(failures)
 
     def observe_state(self, state: str) -> None:
-        """Take in the state of the process, and with it whether the feed is being read."""
+        """Take in the state of the process; outside the loop, the feed is not being read."""
         for name, gauge in self._states.items():
             gauge.set(name == state)
-        self._feed_connected.set(state == "running")
+        if state != "running":
+            self._feed_connected.set(0)
 
     def observe_stage(self, seconds: float) -> None:
         """Take in for how long learning waited for a checkpoint: for a copy in memory, not for the disk."""

@@ -37,6 +37,7 @@ def check(configuration: Configuration, console: Console) -> None:
     """
     session.prepare_torch(configuration)
     refused: list[DeadLetter] = []
+    configuration.open_predictions().close()
     feed = configuration.open_feed(refused.append)
     try:
         engine = build_engine(configuration, feed.shape)
@@ -56,7 +57,7 @@ def check(configuration: Configuration, console: Console) -> None:
     resolved = tomli_w.dumps(_without_none(configuration.model_dump(mode="json")))
     console.print("[bold]Configuration[/], defaults included")
     console.print(Syntax(resolved, "toml", background_color="default"))
-    console.print(_feed(description))
+    console.print(_feed({**description, "promise": feed.capabilities.promise}))
     if batch is not None:
         console.print(_records(batch, description))
     console.print(_models(engine, feed.shape))

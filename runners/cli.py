@@ -297,6 +297,30 @@ def ablation(
     runner(data, label=label, batch=batch, seeds=seed, records=records, json_to=json, plot=plot, jobs=jobs)
 
 
+@bench.command
+def feeds(
+    data: Path,
+    *,
+    label: Annotated[str, Parameter(help="Column that holds the labels.")],
+    passes: int = 3,
+    url: Annotated[str, Parameter(help="Of a Redis server; one is started, unless it is given.")] = "",
+) -> None:
+    """Learn a table from its file, and from Redis while it is being published there; print how fast.
+
+    Parameters
+    ----------
+    data
+        CSV, plain or gzip.
+    passes
+        Of each, in turn.
+    """
+    from rich.console import Console
+
+    from runners.bench.feeds import main as runner
+
+    runner(data, label, passes=passes, url=url, console=Console())
+
+
 def main() -> None:
     """Run a command; end with the exit code that its mistake calls for, and without a traceback."""
     sys.path.insert(0, "")  # module:Name in a configuration may be a file of the current folder

@@ -17,7 +17,7 @@ from monitoring.health import Health
 from monitoring.metrics import Metrics, unsound
 from monitoring.server import Server
 from runners import logs
-from runners.feeds import REASONS
+from runners.feeds import REASONS, RESETS, STAGES
 from runners.notify import notify
 from runners.saver import Saver
 from runners.session import Session
@@ -74,12 +74,13 @@ class Daemon:
             sources=teaching_pairs(engine),
             feed=running.feed.name,
             reasons=REASONS,
+            resets=RESETS,
+            stages=STAGES,
             detector=watch.name,
             signal=watch.signal,
             version=version("streamkd"),
         )
         self._delays = LabelDelays(engine.pending.capacity)
-        self._lag: Callable[[], Mapping[str, int]] = getattr(running.feed, "lag", dict)  # not every feed can tell
         self._saver = Saver(running, self.metrics, log) if resume else None
 
     def run(self) -> None:
@@ -129,18 +130,21 @@ class Daemon:
     def _loop(self) -> None:
         engine = self._session.engine
         self._last_line = engine.records
-        position: Mapping[str, Any] = {}
+        # Where a restored run stands already, so that waiting there is no step: an undisturbed run would not take it.
+        position: Mapping[str, Any] = self._saver.position if self._saver else {}
         while not self._stop:
             batch = self._session.poll()
             self._progress()
+            self._observe_feed()
             if self._hung_up:
                 self._take_over()
             self._observe_refused()
-            self.metrics.observe_lag(self._lag())
             if batch is None:
                 self._log.info("feed ended", records=engine.records)
                 return
             if not len(batch) and not batch.late and batch.position == position:
+                if self._saver:
+                    self._saver.after(position)
                 time.sleep(IDLE_SECONDS)
                 continue
             position = batch.position  # it moves without records, too, where all were refused
@@ -150,6 +154,13 @@ class Daemon:
             if self._saver:
                 self._saver.after(report.position)
         self._log.info("stopping", reason="signal")
+
+    def _observe_feed(self) -> None:
+        feed = self._session.feed
+        if self.health.connected != feed.connected:
+            self._log.warning("feed connected" if feed.connected else "feed disconnected", feed=feed.name)
+        self.health.connected = feed.connected
+        self.metrics.observe_feed(connected=feed.connected, lag=feed.lag(), resets=feed.resets, failures=feed.failures)
 
     def _observe_refused(self) -> None:
         letters = self._session.dead_letters

@@ -123,13 +123,18 @@ class Saver:
         )
 
     def after(self, position: Mapping[str, Any]) -> None:
-        """Take in that a batch was learned, up to `position`; save, if it is time and the last save is done."""
+        """Take in what was learned up to `position`; save, if it is time and the last save is done.
+
+        Called while the feed is idle, too, so that it hears of the last save without another record.
+        """
         self.position = position
         if self._writing is not None and self._writing.done():
             self._collect()
         records = self._session.engine.records
         self._metrics.uncovered.set(records - self.covered)
-        if self._writing is None and self._due(records):
+        if self._writing is not None or self._session.engine.steps == self._covered_steps:
+            return
+        if self._due(records):
             self._stage()
 
     def _due(self, records: int) -> bool:
@@ -161,7 +166,7 @@ class Saver:
         engine, began = self._session.engine, time.perf_counter()
         self._staged_records, self._staged_at = engine.records, time.monotonic()
         try:
-            self._session.dead_letters.flush()
+            self._session.flush()
         except OSError as error:
             self._fail(error)
             return

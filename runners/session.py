@@ -4,7 +4,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from runners.dead_letters import DeadLetters
 from runners.feeds import DeadLetter, Feed
+from runners.predictions import Predictions, nowhere
 from runners.settings import Configuration
 from streamkd.batch import Batch
 from streamkd.config import build_engine
@@ -23,12 +24,13 @@ from streamkd.report import Fault, Report
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A feed, the engine that learns it, and where its refused records go."""
+    """A feed, the engine that learns it, where its refused records go, and what was answered."""
 
     configuration: Configuration
     feed: Feed
     engine: Engine
     dead_letters: DeadLetters
+    predictions: Predictions = field(default_factory=lambda: Predictions(nowhere()))
 
     def poll(self) -> Batch | None:
         """Return what the feed gives next; None at its end.
@@ -76,15 +78,26 @@ class Session:
             ) from error
         for fault in report.faults:
             self.dead_letters(_letter(fault, batch))
+        self.predictions.write(batch, report, self.feed.describe)
         return report
 
+    def flush(self) -> None:
+        """Make sure that dead letters and predictions are safe; the position may follow them then.
+
+        Raises:
+            OSError: one is not.
+        """
+        self.dead_letters.flush()
+        self.predictions.flush()
+
     def close(self) -> None:
-        """Let go of the feed and the dead letters.
+        """Let go of the feed, the dead letters and the predictions.
 
         Raises:
             FeedError: the feed does not let go.
         """
         self.dead_letters.close()
+        self.predictions.close()
         try:
             self.feed.close()
         except Exception as error:
@@ -112,10 +125,11 @@ def start(configuration: Configuration, clock: Callable[[], float] = time.perf_c
     feed = configuration.open_feed(dead_letters)
     try:
         engine = build_engine(configuration, feed.shape, clock=clock)
+        predictions = configuration.open_predictions()
     except BaseException:
         feed.close()
         raise
-    return Session(configuration, feed, engine, dead_letters)
+    return Session(configuration, feed, engine, dead_letters, predictions)
 
 
 def prepare_torch(configuration: Configuration) -> None:

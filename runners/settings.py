@@ -1,7 +1,9 @@
 """One TOML file in: everything a process needs to know, checked before anything starts."""
 
+import time
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,10 +12,13 @@ from pydantic import Field
 
 from runners.feeds import KINDS, Feed, Refuse
 from runners.feeds.delayed import Delayed
+from runners.feeds.joined import Joined
+from runners.predictions import KINDS as SINKS
+from runners.predictions import Predictions
 from runners.shipped import shipped
 from streamkd.config import make
 from streamkd.errors import ConfigError, FeedError, StreamkdError, reason
-from streamkd.settings import EngineSettings, Part, Settings, validate
+from streamkd.settings import EngineSettings, LabelSettings, Part, Settings, validate
 
 
 class CheckpointSettings(Settings):
@@ -53,6 +58,13 @@ class LogSettings(Settings):
     every_records: Annotated[int, Field(ge=0, description="records between two lines of progress; 0: none")] = 10_000
 
 
+class LateLabelSettings(LabelSettings):
+    """Where labels come from that do not come with their records."""
+
+    feed: Annotated[Part | None, Field(description="of labels, joined to the records by id")] = None
+    wait_seconds: Annotated[float, Field(ge=0, description="for a label on that feed; 0: until too many wait")] = 0.0
+
+
 class Configuration(EngineSettings):
     """The whole file."""
 
@@ -63,10 +75,21 @@ class Configuration(EngineSettings):
         float, Field(gt=0, le=86_400, description="for the last step and the last save, once asked to stop")
     ] = 25.0
     feed: Part | None = None
+    labels: LateLabelSettings = LateLabelSettings()
+    predictions: Part = Part(kind="none")
     checkpoint: CheckpointSettings = CheckpointSettings()
     http: HttpSettings = HttpSettings()
     dead_letters: DeadLetterSettings = DeadLetterSettings()
     log: LogSettings = LogSettings()
+
+    def open_predictions(self) -> Predictions:
+        """Open what takes the predictions.
+
+        Raises:
+            ConfigError: a setting is missing or does not fit.
+            FeedError: it cannot be reached.
+        """
+        return Predictions(make(self.predictions, SINKS, "predictions"))
 
     def open_feed(self, refuse: Refuse) -> Feed:
         """Open the feed.
@@ -88,20 +111,53 @@ class Configuration(EngineSettings):
         path = self.feed.options.get("path")
         if isinstance(path, str) and Path(path).absolute() == self.dead_letters.path.absolute():
             raise ConfigError(f"dead_letters.path = {path!r}: is the feed's own file, feed.path; name another")
-        given = {"kind": self.feed.kind, "max_classes": self.max_classes, "refuse": refuse}
-        try:
-            feed: Feed = make(self.feed, KINDS, "feed", **given)
-        except StreamkdError:
-            raise
-        except Exception as error:  # whatever a feed of the user's own does
-            raise FeedError(f"feed.kind = {self.feed.kind!r}: cannot be opened: {reason(error)}") from error
-        missing = [name for name in FEED if not hasattr(feed, name)]
-        if missing:
-            raise ConfigError(f"feed.kind = {self.feed.kind!r}: not a feed; it has no {', '.join(missing)}")
+        if self.labels.feed is not None:
+            return self._open_joined(self.feed, self.labels.feed, refuse)
+        feed = self._open(self.feed, "feed", refuse)
         return Delayed(feed, self.labels.delay) if self.labels.delay else feed
 
+    def _open_joined(self, records: Part, labels: Part, refuse: Refuse) -> Feed:
+        """Open a feed and that of its labels."""
+        if self.labels.delay:
+            raise ConfigError(f"labels.delay = {self.labels.delay}: labels.feed has delays of its own; set one of them")
+        for key, part in (("feed", records), ("labels.feed", labels)):
+            if not part.options.get("id"):
+                raise ConfigError(f"{key}.id: missing; labels are joined to their records by it")
+        if records.options.get("label"):
+            raise ConfigError(f"feed.label = {records.options['label']!r}: labels come from labels.feed; set it to ''")
+        only = Part.model_validate({**labels.model_dump(), "labels_only": True})
+        with ExitStack() as unless_both_open:
+            feed = unless_both_open.enter_context(closing(self._open(records, "feed", refuse)))
+            answers = self._open(only, "labels.feed", refuse)
+            unless_both_open.pop_all()
+        return Joined(
+            feed,
+            answers,
+            capacity=self.labels.pending_capacity,
+            seconds=self.labels.wait_seconds,
+            clock=time.time,
+            refuse=refuse,
+        )
 
-FEED = ("name", "shape", "poll", "seek", "progress", "commit", "describe", "close")
+    def _open(self, part: Part, key: str, refuse: Refuse) -> Feed:
+        given = {"kind": part.kind, "max_classes": self.max_classes, "refuse": refuse}
+        try:
+            feed: Feed = make(part, KINDS, key, **given)
+        except StreamkdError as error:
+            # Feeds speak of themselves as `feed`; the labels' is another.
+            raise (error if key == "feed" else type(error)(f"in labels.feed: {error}")) from error.__cause__
+        except Exception as error:  # whatever a feed of the user's own does
+            raise FeedError(f"{key}.kind = {part.kind!r}: cannot be opened: {reason(error)}") from error
+        missing = [name for name in FEED if not hasattr(feed, name)]
+        if missing:
+            raise ConfigError(f"{key}.kind = {part.kind!r}: not a feed; it has no {', '.join(missing)}")
+        return feed
+
+
+FEED = (
+    *("name", "shape", "poll", "seek", "progress", "commit", "describe", "close"),
+    *("capabilities", "connected", "resets", "failures", "lag"),
+)
 """What a feed has."""
 RELOADABLE = frozenset(
     {

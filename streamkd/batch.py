@@ -18,7 +18,8 @@ class Batch:
         x: `[n, ...]`, float; NaN marks a missing value.
         y: `[n]`, class indices; `UNLABELLED` where the label is not known.
         ids: one name a record, or empty. Only a record with an id can be given its label later.
-        late: id -> class index, for records of earlier batches that were waiting in `Pending`.
+        late: id -> class index, for records of earlier batches that were waiting in `Pending`; `UNLABELLED` for one
+            that is to wait no longer.
         position: where the feed stands after this batch; opaque to the engine.
         raw: the records as they came, or empty; for the dead letters, should one turn out to be unusable.
     """

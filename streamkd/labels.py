@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamkd.batch import Batch, labelled
+from streamkd.batch import UNLABELLED, Batch, labelled
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -65,12 +65,17 @@ class Pending:
         """Return what can be learned now: earlier records whose labels came, then the batch's own labelled ones.
 
         Records that carry an id and no label are kept until it comes. A label for a record that is not waiting
-        (answered before, expired, or never seen) is passed over.
+        (answered before, expired, or never seen) is passed over; a record whose label is told to be unknown for good is
+        given up.
         """
         known = labelled(batch.y)
         complete = said if bool(known.all()) else said.rows(known)
-        answered = [self._answer(name, y).to(said.x.device) for name, y in batch.late.items() if name in self._waiting]
+        told = [(name, y) for name, y in batch.late.items() if name in self._waiting]
+        answered = [self._answer(name, y).to(said.x.device) for name, y in told if y != UNLABELLED]
         self.joined += len(answered)
+        for name in [name for name, y in told if y == UNLABELLED]:
+            del self._waiting[name]
+            self.expired += 1
         if batch.ids and len(complete) < len(said):
             self._wait(batch, said, known)
         return _concatenate([*answered, complete]) if answered else complete

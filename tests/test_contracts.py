@@ -1,12 +1,16 @@
 """Every built-in part passes the checks that authors of plug-ins are given."""
 
+import csv
 import gzip
+import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from runners.feeds import Feed
+from runners.feeds.conformance import LAWS, Law, Row, Stand
 from runners.feeds.drifting import drifting
 from runners.feeds.files import text_file
 from streamkd import drift, losses, replay, schedules
@@ -62,3 +66,28 @@ def test_feeds(kind: str, tmp_path: Path) -> None:
         text = "".join(f'{{"a": {a}, "b": {b}, "y": "{y}"}}\n' for a, b, y in rows)
     path.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
     check_feed(make)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_files_keep_the_laws_of_feeds(law: Law, kind: str, tmp_path: Path) -> None:
+    def publish(rows: Sequence[Row]) -> None:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            if kind == "csv":
+                writer = csv.DictWriter(file, list(rows[0]))
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerows(rows)
+            else:
+                file.writelines(f"{json.dumps(row)}\n" for row in rows)
+
+    path = tmp_path / "data"
+    spoilt = {"a": "two", "b": 1, "y": "a", "id": "spoilt"}
+    law(
+        Stand(
+            open=partial(text_file, path, kind=kind, label="y", id="id", max_classes=5),
+            publish=publish,
+            spoil=lambda: publish([spoilt]),
+            follows=False,
+        )
+    )

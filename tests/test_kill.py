@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from runners.bench.kill import RECORDS, TABLE, arguments, ended, in_a_child, kill_loop, write_table
-from runners.shipped import shipped
+from runners.bench.kill import RECORDS, TABLE, alone, arguments, ended, in_a_child, kill_loop, write_table
 from streamkd import checkpoint
 
 KILLS = 30
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("configuration", sorted(shipped()))
+@pytest.mark.parametrize("configuration", alone())
 def test_a_killed_run_ends_where_an_unbroken_one_ends(
     configuration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,7 +93,7 @@ def test_watch_prints_how_a_daemon_stands(monkeypatch: pytest.MonkeyPatch, capsy
     metrics = metrics_of(lively())
     learned(metrics)
     metrics.observe_state("running")
-    metrics.observe_lag({"0": 7})
+    metrics.observe_feed(connected=True, lag={"0": 7}, resets={}, failures={})
     with served(metrics) as server:
         assert streamkd(monkeypatch, "watch", f"127.0.0.1:{server.port}", "--once") == 0
     shown = capsys.readouterr().out

@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir, contextmanager, suppress
 from dataclasses import astuple, dataclass
@@ -73,9 +74,11 @@ def main(configurations: Sequence[str], *, kills: int, seed: int, console: Conso
     Raises:
         StreamkdError: one did not end where the undisturbed one ended.
     """
-    unknown = [name for name in configurations if name not in shipped()]
+    unknown = [name for name in configurations if name not in alone()]
     if unknown:
-        raise ConfigError(f"{unknown[0]}: no shipped configuration of that name; there are {', '.join(shipped())}")
+        raise ConfigError(
+            f"{unknown[0]}: no shipped configuration of that name that needs no server; there are {', '.join(alone())}"
+        )
     made = Table(
         "configuration",
         "kills",
@@ -88,7 +91,7 @@ def main(configurations: Sequence[str], *, kills: int, seed: int, console: Conso
     )
     unequal = 0
     with Progress(console=console) as progress:
-        for name in configurations or sorted(shipped()):
+        for name in configurations or alone():
             task = progress.add_task(name, total=kills)
             with TemporaryDirectory() as folder, chdir(folder):
                 outcome = kill_loop(name, kills, seed, lambda task=task: progress.advance(task))  # type: ignore[misc]
@@ -99,7 +102,20 @@ def main(configurations: Sequence[str], *, kills: int, seed: int, console: Conso
         raise StreamkdError(f"{unequal} runs did not end where the undisturbed one ended")
 
 
-def kill_loop(configuration: str, kills: int, seed: int, killed: Callable[[], None] = lambda: None) -> Outcome:
+def alone() -> list[str]:
+    """Return the names of the shipped configurations that need no server beside them."""
+    kinds = {name: tomllib.loads(text)["feed"]["kind"] for name, text in shipped().items()}
+    return sorted(name for name, kind in kinds.items() if kind in {"csv", "jsonl", "drifting"})
+
+
+def kill_loop(
+    configuration: str,
+    kills: int,
+    seed: int,
+    killed: Callable[[], None] = lambda: None,
+    *,
+    feed: Sequence[str] = (),
+) -> Outcome:
     """Run a configuration in the current folder, again and again, killing it every time; then let it end.
 
     Every other kill comes right before an operation on a file of a checkpoint, another operation each time; the others
@@ -110,10 +126,11 @@ def kill_loop(configuration: str, kills: int, seed: int, killed: Callable[[], No
         kills: how many.
         seed: of the moments.
         killed: called after each.
+        feed: settings of the feed, where it is not to be the table that is written.
     """
     write_table(TABLE)
     with notified() as channel:
-        undisturbed = in_a_child(*arguments(configuration, Path("undisturbed")))
+        undisturbed = in_a_child(*arguments(configuration, Path("undisturbed"), feed))
         wait_until_ready(channel)
         began = time.monotonic()
         if ended(undisturbed):
@@ -122,7 +139,7 @@ def kill_loop(configuration: str, kills: int, seed: int, killed: Callable[[], No
         wanted = digest(Path("undisturbed"))
         chance = random.Random(seed)  # noqa: S311 - not for secrets
         folder = Path("killed")
-        command = arguments(configuration, folder)
+        command = arguments(configuration, folder, feed)
         operations: list[int] = []
         inside = resumed = ends = equal = done = 0
         while True:
@@ -180,10 +197,12 @@ def wait_until_ready(channel: socket.socket) -> None:
         pass
 
 
-def arguments(configuration: str, directory: Path) -> list[str]:
+def arguments(configuration: str, directory: Path, feed: Sequence[str] = ()) -> list[str]:
     """Return the command line of a run that saves its checkpoints in `directory`."""
     given = [*SETTINGS, f"checkpoint.directory={directory}"]
-    if configuration == "demo":
+    if feed:
+        given += feed
+    elif configuration == "demo":
         given += [f"feed.records={RECORDS}"]
     else:
         given += [f"feed.path={TABLE}", "feed.label=y"]

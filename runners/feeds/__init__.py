@@ -2,13 +2,21 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Literal, Protocol
 
 from streamkd.batch import Batch
 
 KINDS = {
     "csv": "runners.feeds.files:text_file",
     "jsonl": "runners.feeds.files:text_file",
+    "redis": "runners.feeds.redis_streams:redis_stream",
+    "nats": "runners.feeds.jetstream:jetstream",
+    "tail": "runners.feeds.tail:tail",
+    "stdin": "runners.feeds.stdin:stdin",
+    "parquet": "runners.feeds.rows:table_file",
+    "arrow": "runners.feeds.rows:table_file",
+    "iterable": "runners.feeds.rows:iterable",
     "drifting": "runners.feeds.drifting:drifting",
 }
 """The feeds that ship with streamkd, by `feed.kind`."""
@@ -43,9 +51,35 @@ REASONS = (
     "non_finite_step",
     "too_long",
     "truncated",
+    "no_id",
+    "no_record",
 )
 
 Refuse = Callable[[DeadLetter], None]
+Promise = Literal["effectively once", "at least once", "at most once"]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a feed can do.
+
+    Attributes:
+        replayable: it gives the same records again from any position, so that a checkpoint's position is all it needs.
+        promise: how often a record reaches the state that is saved. `effectively once`: a run killed at any moment ends
+            where an undisturbed one ends. `at least once`: after a crash, what was not committed comes again.
+    """
+
+    replayable: bool
+    promise: Promise
+
+
+REPLAYABLE = Capabilities(replayable=True, promise="effectively once")
+RESETS = ("trimmed", "recreated")
+"""Why a position can be lost: retention took the records after it, or they are of another stream altogether."""
+STAGES = ("read", "commit")
+"""At which a source can fail."""
+NONE: Mapping[str, int] = MappingProxyType({})
+"""No resets, no failures, no partitions: of a feed that is always there."""
 
 
 class Feed(Protocol):
@@ -53,10 +87,37 @@ class Feed(Protocol):
 
     A position is a mapping of plain values. It is opaque to everyone but the feed, is stored inside the checkpoint, and
     carries all that decoding needs to go on as before (the classes met so far, for one).
+
+    A source that goes away while the feed is read is no error: `poll` gives empty batches, `connected` is false, and
+    the feed tries again by itself, waiting longer every time. `runners.feeds.conformance` has the laws that feeds keep.
+
+    Attributes:
+        name: for metrics.
+        shape: of one record.
+        capabilities: what it promises.
+        connected: whether the source can be read now.
+        resets: how often its position was lost, by reason, one of `RESETS`.
+        failures: how often the source failed, by stage, one of `STAGES`.
     """
 
     name: str
     shape: tuple[int, ...]
+    capabilities: Capabilities
+
+    @property
+    def connected(self) -> bool:
+        """Whether the source can be read now."""
+
+    @property
+    def resets(self) -> Mapping[str, int]:
+        """How often its position was lost, by reason."""
+
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """How often the source failed, by stage."""
+
+    def lag(self) -> Mapping[str, int]:
+        """Return how many records wait in the source, by partition; empty where that is not known."""
 
     def poll(self, records: int) -> Batch | None:
         """Return up to `records` records; an empty batch when there is nothing yet, None at the end."""

@@ -35,10 +35,11 @@ class Columns:
     is 1 (Weinberger et al. 2009), so new values need no new weights.
 
     Attributes:
-        label: the column that holds the label.
+        label: the column that holds the label; empty where records come without.
         numeric, categorical: names of columns, in order.
         buckets: features a categorical column.
         missing: cells that mean "not known".
+        id: the column that holds the record's name; empty where there is none.
     """
 
     label: str
@@ -46,6 +47,12 @@ class Columns:
     categorical: tuple[str, ...]
     buckets: int
     missing: frozenset[str]
+    id: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that are learned from, in the order of their features."""
+        return [*self.numeric, *self.categorical]
 
     @property
     def width(self) -> int:
@@ -87,6 +94,8 @@ class Columns:
 
     def label_of(self, cells: Mapping[str, object]) -> str | None:
         """Return the label as it is written; None where it is not known."""
+        if not self.label:
+            return None
         if self.label not in cells:
             raise RefusedError("no_label_column", f"there is no {self.label!r} in the record")
         label = cells[self.label]
@@ -96,35 +105,51 @@ class Columns:
             raise RefusedError("not_finite", f"column {self.label!r}: {label} is not a label")
         return None if self._unknown(label) else str(label).strip()
 
+    def id_of(self, cells: Mapping[str, object]) -> str:
+        """Return the name of the record; empty where records have none."""
+        if not self.id:
+            return ""
+        name = cells.get(self.id)
+        if self._unknown(name) or isinstance(name, (dict, list)):
+            raise RefusedError("no_id", f"column {self.id!r}: {short(name)} is no id")
+        return str(name).strip()
+
 
 def assign(
     present: Sequence[str],
     *,
     where: str,
+    key: str = "path",
+    id: str = "",  # noqa: A002 - the user's word for it
     label: str,
     categorical: Sequence[str],
     ignore: Sequence[str],
     buckets: int,
     missing: Sequence[str],
+    labels_only: bool = False,
 ) -> Columns:
     """Decide what each column that is `present` is for.
 
     Args:
         present: names of the columns, in order.
-        where: the file, for messages.
-        label: the user's setting, and likewise the others.
+        where: the file or stream, for messages.
+        key: the setting that names it, likewise.
+        id: the user's setting, and likewise the others.
+        label: column with the label; empty where labels come by another way.
         categorical: columns of text.
         ignore: columns to leave out.
         buckets: features a categorical column.
         missing: cells that mean "not known".
+        labels_only: all columns but the label's and the id's are left out.
 
     Raises:
         ConfigError: a column is named twice or is not there, or no column is left to learn from.
     """
     doubles = sorted({name for name in present if list(present).count(name) > 1})
     if doubles:
-        raise ConfigError(f"feed.path = {where!r}: two columns are called {short(doubles[0])}; rename one")
-    for key, names in (("label", [label]), ("categorical", categorical), ("ignore", ignore)):
+        raise ConfigError(f"feed.{key} = {where!r}: two columns are called {short(doubles[0])}; rename one")
+    named = {"label": [label] if label else [], "id": [id] if id else [], "categorical": categorical, "ignore": ignore}
+    for setting, names in named.items():
         for name in names:
             if name not in present:
                 close = get_close_matches(name, present, n=1)
@@ -133,22 +158,24 @@ def assign(
                     if close
                     else f"there are {_listed(present)}{_suspicion(present)}"
                 )
-                raise ConfigError(f"feed.{key} = {short(name)}: no such column in {where!r}; {hint}")
-    for key, names, other in (("ignore", ignore, {label}), ("categorical", categorical, {label, *ignore})):
-        twice = next((name for name in names if name in other), None)
+                raise ConfigError(f"feed.{setting} = {short(name)}: no such column in {where!r}; {hint}")
+    uses: dict[str, str] = {}
+    for setting in ("label", "id", "ignore", "categorical"):
+        twice = next((name for name in named[setting] if name in uses), None)
         if twice is not None:
-            first = "label" if twice == label else "ignore"
-            raise ConfigError(f"feed.{key} = {twice!r}: feed.{first} has it, too; name it in one of them")
-    left = [name for name in present if name != label and name not in ignore]
+            raise ConfigError(f"feed.{setting} = {twice!r}: feed.{uses[twice]} has it, too; name it in one of them")
+        uses |= dict.fromkeys(named[setting], setting)
+    left = [name for name in present if uses.get(name, "categorical") == "categorical" and not labels_only]
     columns = Columns(
         label,
         tuple(name for name in left if name not in categorical),
         tuple(name for name in left if name in categorical),
         buckets,
         frozenset(missing),
+        id,
     )
-    if not columns.width:
-        raise ConfigError(f"feed.path = {where!r}: no column is left to learn from; there are {_listed(present)}")
+    if not columns.width and not labels_only:
+        raise ConfigError(f"feed.{key} = {where!r}: no column is left to learn from; there are {_listed(present)}")
     return columns
 
 

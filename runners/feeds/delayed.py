@@ -1,7 +1,7 @@
 """Labels that come later than their records: question first, answer after, as in a running system."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Delayed:
     def __init__(self, feed: Feed, delay: int) -> None:
         self.name = feed.name
         self.shape = feed.shape
+        self.capabilities = feed.capabilities
         self._feed = feed
         self._delay = delay
         self._given = 0
@@ -61,14 +62,28 @@ class Delayed:
         self._given = position["given"]
         self._withheld = deque((name, y) for name, y in position["withheld"])
 
+    @property
+    def connected(self) -> bool:
+        """Whether the feed can be read now."""
+        return self._feed.connected
+
+    @property
+    def resets(self) -> Mapping[str, int]:
+        """How often the feed lost its position."""
+        return self._feed.resets
+
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """How often its source failed."""
+        return self._feed.failures
+
+    def lag(self) -> Mapping[str, int]:
+        """Return how many records wait in the source."""
+        return self._feed.lag()
+
     def progress(self) -> float | None:
         """Return how much of the records was given."""
         return self._feed.progress()
-
-    def lag(self) -> Mapping[str, int]:
-        """Return how many records are still to come, by partition, where the feed can tell."""
-        tell: Callable[[], Mapping[str, int]] = getattr(self._feed, "lag", dict)
-        return tell()
 
     def commit(self, position: Mapping[str, Any]) -> None:
         """Tell the feed."""

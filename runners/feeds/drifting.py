@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from river.datasets import synth
 
+from runners.feeds import NONE, REPLAYABLE
 from runners.feeds.classes import ClassMap
 from streamkd.batch import Batch
 
@@ -28,6 +29,9 @@ class DriftingFeed:
 
     def __init__(self, records: int, seed: int) -> None:
         self.name = "drifting"
+        self.capabilities = REPLAYABLE
+        self.connected = True
+        self.resets = self.failures = NONE
         self.shape: tuple[int, ...] = (FEATURES,)
         self.records = records
         self.drifts = [records * k // 5 for k in range(1, 5)]
@@ -60,7 +64,7 @@ class DriftingFeed:
         """Return how much of the stream was given, 0 to 1."""
         return self._given / self.records
 
-    def lag(self) -> dict[str, int]:
+    def lag(self) -> Mapping[str, int]:
         """Return how many records are still to come."""
         return {"0": self.records - self._given}
 

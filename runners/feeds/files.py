@@ -3,24 +3,21 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
 from pydantic import BeforeValidator, Field
 
-from runners.feeds import DeadLetter, Refuse
+from runners.feeds import NONE, REPLAYABLE, DeadLetter, Refuse
 from runners.feeds.classes import ClassMap
-from runners.feeds.decode import Columns, RefusedError, assign
+from runners.feeds.decode import RefusedError, assign
 from runners.feeds.lines import Line, Lines
+from runners.feeds.records import Decoder, Record
 from streamkd.batch import UNLABELLED, Batch
-from streamkd.errors import CheckpointError, ConfigError, FeedError
+from streamkd.errors import ConfigError, FeedError
 
 LONGEST_RECORD = 100
 """A quoted cell may hold newlines; a record over more lines than this is a quote that was never closed."""
@@ -42,34 +39,30 @@ class FileFeed:
         path: Path,
         lines: Lines,
         reader: "Csv | JsonLines",
-        columns: Columns,
-        *,
-        shape: tuple[int, ...],
-        classes: ClassMap,
+        decoder: Decoder,
         refuse: Refuse,
     ) -> None:
         self.name = "file"
+        self.capabilities = REPLAYABLE
+        self.connected = True
+        self.resets = self.failures = NONE
         self.path = path
+        self.shape = decoder.shape
         self._lines = lines
         self._reader = reader
-        self._columns = columns
+        self._decoder = decoder
         self._refuse = refuse
-        self._classes = classes
         self._records = 0
         self._place = lines.place()
-        self.shape: tuple[int, ...] = shape or (self._columns.width,)
-        if math.prod(self.shape) != self._columns.width:
-            raise ConfigError(
-                f"feed.shape = {list(self.shape)}: {math.prod(self.shape)} numbers, and a record has "
-                f"{self._columns.width}; leave it out for records that are vectors"
-            )
         self._look()
 
     def poll(self, records: int) -> Batch | None:
         """Return the next `records` usable records; fewer, or none, where many are refused; None at the end."""
         found: list[Record] = []
         refused = 0
-        while len(found) < records and refused < MOST_REFUSED and (read := self._next(self._classes)) is not None:
+        while (
+            len(found) < records and refused < MOST_REFUSED and (read := self._next(self._decoder.classes)) is not None
+        ):
             if isinstance(read, DeadLetter):
                 self._refuse(read)
                 refused += 1
@@ -80,14 +73,7 @@ class FileFeed:
         if not found and not refused:
             return None
         self._records += len(found)
-        x = np.stack([record.features for record in found]) if found else np.empty((0, self._columns.width))
-        y = [record.label for record in found]
-        return Batch(
-            torch.from_numpy(x).reshape(-1, *self.shape),
-            torch.tensor(y, dtype=torch.int64),
-            position=self.position(),
-            raw=tuple(record.raw for record in found),
-        )
+        return self._decoder.batch(found, self.position())
 
     def position(self) -> dict[str, Any]:
         """Return where the next record starts, and the classes met before it."""
@@ -95,9 +81,7 @@ class FileFeed:
             "path": str(self.path),
             **self._place,
             "records": self._records,
-            "features": [*self._columns.numeric, *self._columns.categorical],
-            "label": self._columns.label,
-            "classes": list(self._classes.labels),
+            **self._decoder.state(),
         }
 
     def seek(self, position: Mapping[str, Any]) -> None:
@@ -107,21 +91,7 @@ class FileFeed:
             CheckpointError: columns or classes are not those that were being learned.
             FeedError: the file is not the one it was.
         """
-        features, label = [*self._columns.numeric, *self._columns.categorical], self._columns.label
-        if position["features"] != features:
-            missing = [name for name in position["features"] if name not in features]
-            new = [name for name in features if name not in position["features"]]
-            raise CheckpointError(
-                f"feed.path = {str(self.path)!r}: its columns are not those of the checkpoint "
-                f"(gone: {missing or 'none'}; new: {new or 'none'}; order counts): start with an empty "
-                "checkpoint.directory, or name the new columns in feed.ignore"
-            )
-        if position["label"] != label:
-            raise CheckpointError(
-                f"feed.label = {label!r}: it was {position['label']!r} when the checkpoint was made; give it back, "
-                "or start afresh with another checkpoint.directory"
-            )
-        self._classes.restore(position["classes"])
+        self._decoder.restore(position)
         self._lines.find(position)
         self._place = self._lines.place()
         self._records = position["records"]
@@ -130,18 +100,16 @@ class FileFeed:
         """Return how much of the file was read, 0 to 1."""
         return self._lines.progress
 
+    def lag(self) -> Mapping[str, int]:
+        """Return nothing: what a file still holds is told by `progress`."""
+        return NONE
+
     def commit(self, position: Mapping[str, Any]) -> None:
         """Do nothing: a file waits for nobody."""
 
     def describe(self) -> dict[str, Any]:
         """Return path, columns and what is known of the labels."""
-        return {
-            "path": str(self.path),
-            "label": self._columns.label,
-            "numeric": list(self._columns.numeric),
-            "categorical": list(self._columns.categorical),
-            "classes": list(self._classes.labels),
-        }
+        return {"path": str(self.path), **self._decoder.describe()}
 
     def close(self) -> None:
         """Close the file."""
@@ -150,7 +118,7 @@ class FileFeed:
     def _look(self) -> None:
         """Refuse a file of which nothing can be used, or in which no record has a label."""
         offset, number = self._lines.offset, self._lines.number
-        classes = deepcopy(self._classes)
+        classes = deepcopy(self._decoder.classes)
         refused: list[DeadLetter] = []
         usable = 0
         while usable + len(refused) < FIRST_LOOK and (found := self._next(classes)) is not None:
@@ -162,12 +130,12 @@ class FileFeed:
                 self._lines.seek(offset, number)
                 return
         path = f"feed.path = {str(self.path)!r}"
-        if usable and self._lines.next() is not None:
+        if usable and (not self._decoder.columns.label or self._lines.next() is not None):
             self._lines.seek(offset, number)
             return  # so long a file may have labels further down; until then it is predicted and counted
         if usable:
             raise ConfigError(
-                f"feed.label = {self._columns.label!r}: none of the first {usable} records has a label there; "
+                f"feed.label = {self._decoder.columns.label!r}: none of the first {usable} records has a label there; "
                 "name the column that holds the labels"
             )
         if not refused:
@@ -202,19 +170,7 @@ class FileFeed:
             text = b"".join(line.raw for line in lines).decode()
         except UnicodeDecodeError as error:
             raise RefusedError("encoding", f"not UTF-8: {error.reason} at byte {error.start}") from None
-        cells = self._reader.cells(text)
-        features, label = self._columns.features(cells), self._columns.label_of(cells)
-        index = UNLABELLED if label is None else classes.index(label)
-        return Record(features, index, b"".join(line.raw for line in lines))
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Record:
-    """One record decoded: `features` `[width]` float64, the class index of its label, and its bytes as they came."""
-
-    features: np.ndarray
-    label: int
-    raw: bytes
+        return self._decoder.record(self._reader.cells(text), b"".join(line.raw for line in lines), classes)
 
 
 class Csv:
@@ -334,6 +290,7 @@ def text_file(
     *,
     kind: str,
     label: Name,
+    id: Name = "",  # noqa: A002 - the user's word for it
     categorical: Names = (),
     ignore: Names = (),
     buckets: Annotated[int, Field(ge=2, le=65_536)] = 16,
@@ -341,6 +298,7 @@ def text_file(
     delimiter: Annotated[str, Field(min_length=1, max_length=1, pattern=r'[^"\r\n]')] = ",",
     shape: tuple[Annotated[int, Field(ge=1)], ...] = (),
     classes: Names = (),
+    labels_only: bool = False,
     max_classes: int,
     refuse: Refuse,
 ) -> FileFeed:
@@ -349,7 +307,8 @@ def text_file(
     Args:
         path: of the file.
         kind: `csv` or `jsonl`.
-        label: column with the label; where its cell is empty the label is not known.
+        label: column with the label; where its cell is empty the label is not known. Empty (""): records come without.
+        id: column with the record's name, by which its label can come later.
         categorical: columns of text, hashed into `buckets` features each.
         ignore: columns to leave out.
         buckets: features a categorical column.
@@ -358,6 +317,7 @@ def text_file(
         shape: of one record, for images written as rows of pixels: [channels, height, width].
         classes: all labels that there are, in the order of their indices; a record with another one is refused. Left
             out, labels are numbered as they appear.
+        labels_only: the records are labels of another feed's: of an id and a label.
         max_classes: most labels there may be.
         refuse: takes the records that cannot be used.
 
@@ -373,13 +333,14 @@ def text_file(
             reader.columns(lines, path),
             where=str(path),
             label=label,
+            id=id,
             categorical=categorical,
             ignore=ignore,
             buckets=buckets,
             missing=missing,
+            labels_only=labels_only,
         )
-        feed = FileFeed(
-            path, lines, reader, columns, shape=shape, classes=ClassMap(max_classes, classes), refuse=refuse
-        )
+        decoder = Decoder(columns, ClassMap(max_classes, classes), shape=shape, where=f"feed.path = {str(path)!r}")
+        feed = FileFeed(path, lines, reader, decoder, refuse)
         unless_it_fits.pop_all()
         return feed

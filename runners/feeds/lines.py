@@ -3,7 +3,8 @@
 import gzip
 import zlib
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -140,6 +141,13 @@ class Lines:
             self._broken, self._damage = True, str(error)
             return None
         return Line(raw, self.number, self.offset, self.offset + size) if raw else None
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file, plain or gzip, for reading."""
+    with path.open("rb") as raw, closing(_decompressed(raw)) as file:
+        yield file
 
 
 def _decompressed(raw: BinaryIO) -> BinaryIO:

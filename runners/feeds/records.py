@@ -1,0 +1,114 @@
+"""Cells into records, and records into batches: what every feed that reads columns has in common."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from runners.feeds.classes import ClassMap
+from runners.feeds.decode import Columns
+from streamkd.batch import UNLABELLED, Batch
+from streamkd.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Record:
+    """One record decoded.
+
+    Attributes:
+        features: `[width]` float64.
+        label: the class index; `UNLABELLED` where it is not known.
+        raw: its bytes as they came.
+        id: its name; empty where records have none.
+    """
+
+    features: np.ndarray
+    label: int
+    raw: bytes
+    id: str = ""
+
+
+class Decoder:
+    """Knows what the columns are for and which classes were met, and holds both against a checkpoint's.
+
+    Args:
+        columns: of the feed.
+        classes: numbers the labels.
+        shape: of one record; empty for vectors.
+        where: the setting that names the feed and its value, for messages.
+
+    Raises:
+        ConfigError: the shape does not fit the columns.
+    """
+
+    def __init__(self, columns: Columns, classes: ClassMap, *, shape: tuple[int, ...] = (), where: str) -> None:
+        self.columns = columns
+        self.classes = classes
+        self.shape = shape or (columns.width,)
+        self._where = where
+        if math.prod(self.shape) != columns.width:
+            raise ConfigError(
+                f"feed.shape = {list(self.shape)}: {math.prod(self.shape)} numbers, and a record has "
+                f"{columns.width}; leave it out for records that are vectors"
+            )
+
+    def record(self, cells: Mapping[str, object], raw: bytes, classes: ClassMap | None = None) -> Record:
+        """Return one record; its label is numbered by `classes`, where they are not to be the feed's own.
+
+        Raises:
+            RefusedError: it cannot be used.
+        """
+        features, name = self.columns.features(cells), self.columns.id_of(cells)
+        label = self.columns.label_of(cells)
+        index = UNLABELLED if label is None else (classes or self.classes).index(label)
+        return Record(features, index, raw, name)
+
+    def batch(self, records: Sequence[Record], position: Mapping[str, Any]) -> Batch:
+        """Return records as a batch; none of them make an empty one."""
+        x = np.stack([record.features for record in records]) if records else np.empty((0, self.columns.width))
+        return Batch(
+            torch.from_numpy(x).reshape(len(records), *self.shape),
+            torch.tensor([record.label for record in records], dtype=torch.int64),
+            ids=tuple(record.id for record in records) if self.columns.id else (),
+            position=position,
+            raw=tuple(record.raw for record in records),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return what a position has to carry: columns, and the classes met so far."""
+        return {"features": self.columns.names, "label": self.columns.label, "classes": list(self.classes.labels)}
+
+    def restore(self, position: Mapping[str, Any]) -> None:
+        """Go on with a checkpoint's classes.
+
+        Raises:
+            CheckpointError: columns or classes are not those that were being learned.
+        """
+        features, label = self.columns.names, self.columns.label
+        if position["features"] != features:
+            missing = [name for name in position["features"] if name not in features]
+            new = [name for name in features if name not in position["features"]]
+            raise CheckpointError(
+                f"{self._where}: its columns are not those of the checkpoint "
+                f"(gone: {missing or 'none'}; new: {new or 'none'}; order counts): start with an empty "
+                "checkpoint.directory, or name the new columns in feed.ignore"
+            )
+        if position["label"] != label:
+            raise CheckpointError(
+                f"feed.label = {label!r}: it was {position['label']!r} when the checkpoint was made; give it back, "
+                "or start afresh with another checkpoint.directory"
+            )
+        self.classes.restore(position["classes"])
+
+    def describe(self) -> dict[str, Any]:
+        """Return columns and what is known of the labels."""
+        return {
+            "label": self.columns.label or "(none in the record)",
+            "id": self.columns.id or "(none)",
+            "numeric": list(self.columns.numeric),
+            "categorical": list(self.columns.categorical),
+            "classes": list(self.classes.labels),
+        }

@@ -1,0 +1,111 @@
+"""A log of lines on the local disk, in segments: for sources that give what they have only once."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from streamkd.errors import ConfigError
+
+SEGMENT_BYTES = 16 << 20
+
+
+class Spool:
+    """Lines are appended at one end, and taken away at the other, a segment at a time.
+
+    Args:
+        directory: for the segments; only one process may have it.
+        segment_bytes: of a segment before the next one is begun.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+
+    def __init__(self, directory: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
+        self._directory, self._most = directory, segment_bytes
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._number = max(self._numbers(), default=1)
+            self._file: BinaryIO = self._path(self._number).open("ab")
+            self._sync_directory()
+        except OSError as error:
+            raise ConfigError(f"feed.spool = {str(directory)!r}: {error.strerror or error}; name another") from None
+        self.end_line()
+
+    def end_line(self) -> None:
+        """End a line that was cut short, by a kill or at the end of the source, lest the next become part of it."""
+        size = self._file.tell()
+        with self._path(self._number).open("rb") as file:
+            file.seek(max(0, size - 1))
+            if size and file.read(1) != b"\n":
+                self.append(b"\n")
+
+    def append(self, data: bytes) -> None:
+        """Write bytes, and return when they are on the disk; a segment ends where a line does."""
+        if self._file.tell() >= self._most:
+            head, newline, data = data.partition(b"\n")
+            self._write(head + newline)
+            if newline:
+                self._next_segment()
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        if data:
+            self._file.write(data)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _next_segment(self) -> None:
+        self._file.close()
+        self._number += 1
+        self._file = self._path(self._number).open("ab")
+        self._sync_directory()
+
+    def first(self) -> dict[str, int]:
+        """Return the place of the oldest line."""
+        return {"segment": min(self._numbers()), "offset": 0}
+
+    def last(self) -> dict[str, int]:
+        """Return the place after the newest line."""
+        return {"segment": self._number, "offset": self._file.tell()}
+
+    def has(self, place: Mapping[str, Any]) -> bool:
+        """Say whether what comes after a place is still there."""
+        path = self._path(place["segment"])
+        return path.exists() and place["offset"] <= path.stat().st_size
+
+    def lines(self, place: Mapping[str, Any]) -> Iterator[tuple[bytes, dict[str, int]]]:
+        """Give each whole line after a place, with the place after it."""
+        segment, offset = place["segment"], place["offset"]
+        while segment <= self._number:
+            with self._path(segment).open("rb") as file:
+                file.seek(offset)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        return
+                    offset += len(line)
+                    yield line, {"segment": segment, "offset": offset}
+            segment, offset = segment + 1, 0
+
+    def prune(self, place: Mapping[str, Any]) -> None:
+        """Remove the segments that end before a place."""
+        for number in self._numbers():
+            if number < place["segment"]:
+                self._path(number).unlink()
+
+    def close(self) -> None:
+        """Close the segment."""
+        self._file.close()
+
+    def _numbers(self) -> list[int]:
+        return sorted(int(path.stem) for path in self._directory.glob("*.lines") if path.stem.isdecimal())
+
+    def _path(self, number: int) -> Path:
+        return self._directory / f"{number:012}.lines"
+
+    def _sync_directory(self) -> None:
+        descriptor = os.open(self._directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,239 @@
+"""What was answered goes out: a line for each record, safe before the feed's position is."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from pydantic import Field
+
+from runners.dead_letters import can_be_written
+from runners.feeds.redis_streams import Server
+from runners.feeds.stream import UnreachableError
+from streamkd.batch import Batch
+from streamkd.errors import ConfigError, FeedError
+from streamkd.report import Report
+
+KINDS = {
+    "none": "runners.predictions:nowhere",
+    "jsonl": "runners.predictions:json_lines",
+    "redis": "runners.predictions:redis_entries",
+}
+"""Where predictions can go, by `predictions.kind`."""
+MOST_WAITING = 100_000
+"""Predictions that wait for a sink that takes none."""
+
+
+class Sink(Protocol):
+    """Takes lines, in order."""
+
+    def put(self, lines: Sequence[str]) -> None:
+        """Append lines, all or none of them.
+
+        Raises:
+            OSError: they could not be appended; they will come again.
+        """
+
+    def sync(self) -> None:
+        """Make sure that what was put is safe.
+
+        Raises:
+            OSError: it could not be made sure.
+        """
+
+    def close(self) -> None:
+        """Let go."""
+
+
+class Predictions:
+    """Writes what was answered to each record: JSON objects of these keys.
+
+    `record`: its number in the run, the first being 1. `id`: where records have one. `step`: of the models that
+    answered. `class`: the likeliest label. `probabilities`: label -> probability, of the labels met so far.
+
+    A sink that fails does not stop the learning: predictions wait, and no checkpoint passes them. A run that was killed
+    predicts what it had learned since its last checkpoint once more; `record` tells such doubles.
+
+    Args:
+        sink: takes the lines.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._waiting: list[str] = []
+
+    def write(self, batch: Batch, report: Report, describe: Callable[[], Mapping[str, Any]]) -> None:
+        """Write the answers to a batch.
+
+        Args:
+            batch: the records.
+            report: of the step that they made.
+            describe: the feed's, which knows what the class indices stand for.
+
+        Raises:
+            ConfigError: too many could not be written.
+        """
+        if isinstance(self._sink, Nowhere) or not len(batch):
+            return
+        labels = _labels(describe(), report.served.shape[1])
+        first = report.records - len(batch) + 1
+        for row, answer in enumerate(report.served[:, : len(labels)].tolist()):
+            line = {
+                "record": first + row,
+                **({"id": batch.ids[row]} if batch.ids else {}),
+                "step": report.step - 1,
+                "class": labels[answer.index(max(answer))],
+                "probabilities": {label: round(p, 6) for label, p in zip(labels, answer, strict=False)},
+            }
+            self._waiting.append(json.dumps(line))
+        try:
+            self._put()
+        except OSError as error:
+            if len(self._waiting) > MOST_WAITING:
+                raise ConfigError(
+                    f"predictions: {len(self._waiting)} could not be written ({error}); make room, or name another sink"
+                ) from error
+
+    def flush(self) -> None:
+        """Make sure that every prediction is safe.
+
+        Raises:
+            OSError: one is not.
+        """
+        self._put()
+        self._sink.sync()
+
+    def _put(self) -> None:
+        if self._waiting:
+            self._sink.put(self._waiting)
+            self._waiting = []
+
+    def close(self) -> None:
+        """Let go of the sink."""
+        self._sink.close()
+
+
+class Nowhere:
+    """Nobody wants to know."""
+
+    def put(self, lines: Sequence[str]) -> None:
+        """Do nothing."""
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def nowhere() -> Nowhere:
+    """Write no predictions."""
+    return Nowhere()
+
+
+class Lines:
+    """A file, made with the first prediction, a line each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    def put(self, lines: Sequence[str]) -> None:
+        """Append lines; what a full disk took of them is taken back."""
+        if self._descriptor is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        data = "".join(f"{line}\n" for line in lines).encode()
+        before = os.fstat(self._descriptor).st_size
+        written = 0
+        try:
+            written = os.write(self._descriptor, data)
+        finally:
+            if written < len(data):
+                with suppress(OSError):
+                    os.truncate(self._descriptor, before)
+        if written < len(data):
+            raise OSError(f"{self._path}: {written} of {len(data)} bytes could be written")
+
+    def sync(self) -> None:
+        """Bring them to the disk."""
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+
+def json_lines(path: Path) -> Lines:
+    """Append predictions to a file.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    if not can_be_written(path) or path.is_dir():
+        raise ConfigError(f"predictions.path = {str(path)!r}: cannot be written; name a file that can")
+    return Lines(path)
+
+
+class Entries:
+    """A Redis stream, an entry a prediction, in its field `data`."""
+
+    def __init__(self, server: Server, stream: str, most: int) -> None:
+        self._server, self._stream, self._most = server, stream, most
+
+    def put(self, lines: Sequence[str]) -> None:
+        """Append entries, in one transaction."""
+        try:
+            self._server.ask(*(("xadd", self._stream, {"data": line}, "*", self._most) for line in lines))
+        except UnreachableError as error:
+            raise OSError(str(error)) from error
+
+    def sync(self) -> None:
+        """Do nothing: what the server has acknowledged is as safe as it is configured to keep it."""
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._server.close()
+
+
+def redis_entries(
+    *,
+    stream: Annotated[str, Field(min_length=1)],
+    url: str = "redis://127.0.0.1:6379/0",
+    password_env: str = "",
+    most: Annotated[int, Field(ge=1)] = 1_000_000,
+) -> Entries:
+    """Append predictions to a Redis stream.
+
+    Args:
+        stream: its key.
+        url: of the server.
+        password_env: name of the environment variable that holds the password.
+        most: entries that are kept, roughly; the oldest go first.
+
+    Raises:
+        FeedError: the server cannot be reached.
+        ConfigError: a setting does not fit.
+    """
+    if password_env and password_env not in os.environ:
+        raise ConfigError(f"predictions.password_env = {password_env!r}: there is no such environment variable; set it")
+    server = Server(url, os.environ.get(password_env) if password_env else None, key="predictions")
+    try:
+        server.ask(("ping",))
+    except UnreachableError as error:
+        server.close()
+        raise FeedError(f"predictions.url = {url!r}: cannot be reached ({error}); start it, or name another") from error
+    return Entries(server, stream, most)
+
+
+def _labels(description: Mapping[str, Any], classes: int) -> list[str]:
+    """Return what class indices stand for; where a feed has no labels of its own, their numbers."""
+    labels = description.get("classes")
+    return list(labels) if isinstance(labels, list) else [str(index) for index in range(classes)]

@@ -1,0 +1,295 @@
+"""Feeds that need no server: a file that grows, standard input with a spool, Parquet and Arrow, iterables."""
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runners.bench.kill import TABLE, kill_loop, write_table
+from runners.feeds import DeadLetter, conformance
+from runners.feeds.conformance import LAWS, Law, Row, Stand, rows
+from runners.feeds.rows import iterable, table_file
+from runners.feeds.spool import Spool
+from runners.feeds.stdin import stdin
+from runners.feeds.stream import StreamFeed
+from runners.feeds.tail import tail
+from streamkd import Batch
+from streamkd.errors import ConfigError, FeedError
+from streamkd.testing import check_feed
+
+SPOILT = {"a": "two", "b": 1, "y": "a", "id": "spoilt"}
+COMMON: dict[str, Any] = {"label": "y", "id": "id", "max_classes": 5}
+
+
+def nobody(letter: DeadLetter) -> None:
+    raise AssertionError(letter.detail)
+
+
+def append(path: Path, kind: str, given: Sequence[Row]) -> None:
+    with path.open("a", encoding="utf-8", newline="") as file:
+        if kind == "csv":
+            writer = csv.DictWriter(file, list(given[0]))
+            if not file.tell():
+                writer.writeheader()
+            writer.writerows(given)
+        else:
+            file.writelines(f"{json.dumps(row)}\n" for row in given)
+
+
+def ids(batches: Sequence[Batch]) -> list[str]:
+    return [name for batch in batches for name in batch.ids]
+
+
+def polled(feed: StreamFeed, records: int = 16) -> list[str]:
+    batch = feed.poll(records)
+    assert batch is not None
+    return list(batch.ids)
+
+
+def names(begin: int, end: int) -> list[str]:
+    return [f"r{n}" for n in range(begin, end)]
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_a_file_that_grows_keeps_the_laws_of_feeds(law: Law, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    law(
+        Stand(
+            open=partial(tail, path, format=kind, **COMMON),
+            publish=partial(append, path, kind),
+            spoil=lambda: append(path, kind, [SPOILT]),
+            empty=lambda: os.truncate(path, 0),
+        )
+    )
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+@pytest.mark.parametrize("rotations", [1, 3])
+def test_a_file_is_followed_through_its_rotation(kind: str, rotations: int, tmp_path: Path) -> None:
+    """Whether the feed runs meanwhile, or comes back later."""
+    path = tmp_path / "log"
+    append(path, kind, rows(0, 10))
+    feed = tail(path, format=kind, refuse=nobody, **COMMON)
+    batch = feed.poll(4)
+    assert batch is not None
+    for rotation in range(rotations):
+        append(path, kind, rows(10 + 20 * rotation, 20 + 20 * rotation))
+        for number in range(rotation, 0, -1):
+            (tmp_path / f"log.{number}").rename(tmp_path / f"log.{number + 1}")
+        path.rename(tmp_path / "log.1")
+        append(path, kind, rows(20 + 20 * rotation, 30 + 20 * rotation))
+    wanted = names(4, 10 + 20 * rotations)
+    assert polled(feed, 100) == wanted
+    feed.close()
+    again = tail(path, format=kind, refuse=nobody, **COMMON)
+    again.seek(batch.position)
+    assert polled(again, 100) == wanted
+    again.close()
+
+
+def test_a_line_is_not_read_before_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    append(path, "json", rows(0, 1))
+    feed = tail(path, refuse=nobody, **COMMON)
+    assert polled(feed) == ["r0"]
+    line = json.dumps(rows(1, 2)[0])
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line[:9])
+        file.flush()
+        assert polled(feed) == []
+        file.write(line[9:] + "\n")
+    assert polled(feed) == ["r1"]
+    feed.close()
+
+
+def test_a_rotated_file_that_was_removed_unread_is_a_lost_position(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    append(path, "json", rows(0, 10))
+    feed = tail(path, refuse=nobody, **COMMON)
+    batch = feed.poll(4)
+    assert batch is not None
+    feed.close()
+    path.rename(tmp_path / "moved")  # so that its inode is not given to the next file
+    append(path, "json", rows(10, 20))
+    again = tail(path, refuse=nobody, **COMMON)
+    with pytest.raises(FeedError, match=r"is gone, .*feed\.on_position_lost"):
+        again.seek(batch.position)
+    again.close()
+
+
+def test_latest_begins_after_the_last_whole_line(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    append(path, "json", rows(0, 100))
+    with path.open("a", encoding="utf-8") as file:
+        feed = tail(path, start="latest", refuse=nobody, **COMMON)
+        assert polled(feed) == []
+        file.write(json.dumps(rows(100, 101)[0]) + "\n")
+    assert polled(feed) == ["r100"]
+    feed.close()
+
+
+def test_a_file_to_follow_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FeedError, match=r"feed\.path = .*nowhere.*cannot be reached"):
+        tail(tmp_path / "nowhere", refuse=nobody, **COMMON)
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    reader, writer = os.pipe()
+    yield reader, writer
+    for end in (reader, writer):
+        try:
+            os.close(end)
+        except OSError:
+            assert end == writer  # a test may have ended it
+
+
+def put(writer: int, given: Sequence[Row]) -> None:
+    os.write(writer, b"".join(json.dumps(row).encode() + b"\n" for row in given))
+
+
+@pytest.mark.parametrize("law", [law for law in LAWS if law is not conformance.a_feed_takes_no_more_than_it_can_hold])
+def test_standard_input_with_a_spool_keeps_the_laws_of_feeds(law: Law, pipe: tuple[int, int], tmp_path: Path) -> None:
+    reader, writer = pipe
+    law(
+        Stand(
+            open=partial(stdin, spool=tmp_path / "spool", descriptor=reader, **COMMON),
+            publish=partial(put, writer),
+            spoil=lambda: put(writer, [SPOILT]),
+        )
+    )
+
+
+def test_without_a_spool_standard_input_is_read_once_to_its_end(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    put(writer, rows(0, 30))
+    os.write(writer, json.dumps(rows(30, 31)[0]).encode())  # without a newline
+    os.close(writer)
+    feed = stdin(descriptor=reader, refuse=nobody, **COMMON)
+    assert feed.capabilities.promise == "at most once"
+    assert polled(feed, 20) == names(0, 20)
+    assert polled(feed, 20) == names(20, 31)
+    assert feed.poll(20) is None
+    feed.close()
+
+
+def test_more_than_is_asked_for_stays_in_the_pipe(pipe: tuple[int, int], tmp_path: Path) -> None:
+    reader, writer = pipe
+    os.set_blocking(writer, False)
+    feed = stdin(spool=tmp_path / "spool", descriptor=reader, columns=("a", "b"), refuse=nobody, **COMMON)
+    line = json.dumps({**rows(0, 1)[0], "filler": "x" * 1_000}).encode() + b"\n"
+    written = 0
+    for _ in range(2):
+        with suppress(BlockingIOError):
+            while True:
+                written += os.write(writer, line)
+        polled(feed, 1)
+    feed.close()
+    assert sum(file.stat().st_size for file in (tmp_path / "spool").iterdir()) <= written // 2
+
+
+def test_what_is_in_a_checkpoint_leaves_the_spool(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool", segment_bytes=100)
+    for n in range(50):
+        spool.append(b"line %03d\nline" % n)
+        spool.append(b" too\n")
+    found = list(spool.lines(spool.first()))
+    assert [line for line, _ in found] == [text for n in range(50) for text in (b"line %03d\n" % n, b"line too\n")]
+    for cut in range(0, 100, 7):
+        assert list(spool.lines(found[cut][1])) == found[cut + 1 :]
+    before = len(list((tmp_path / "spool").iterdir()))
+    spool.prune(found[60][1])
+    assert len(list((tmp_path / "spool").iterdir())) < before
+    assert list(spool.lines(found[60][1])) == found[61:]
+    assert not spool.has(found[0][1])
+    spool.close()
+
+
+def test_a_line_that_a_kill_cut_short_does_not_spoil_the_next(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "spool")
+    spool.append(b"whole\ncut sho")
+    spool.close()
+    again = Spool(tmp_path / "spool")
+    again.append(b"next\n")
+    assert [line for line, _ in again.lines(again.first())] == [b"whole\n", b"cut sho\n", b"next\n"]
+    again.close()
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_tables_of_columns_keep_the_laws_of_feeds(law: Law, kind: str, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet, feather = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow.feather")
+    path, given = tmp_path / "table", []
+
+    def publish(more: Sequence[Row]) -> None:
+        given.extend({**row, "a": float(str(row["a"])), "b": float(str(row["b"]))} for row in more)
+        table = pyarrow.Table.from_pylist(given)
+        if kind == "parquet":
+            parquet.write_table(table, path, row_group_size=50)
+        else:
+            feather.write_feather(table, path)
+
+    law(
+        Stand(
+            open=partial(table_file, path, kind=kind, **COMMON),
+            publish=publish,
+            spoil=lambda: publish([{**SPOILT, "a": "inf"}]),
+            follows=False,
+        )
+    )
+
+
+def test_a_file_that_is_no_table_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "t").write_bytes(b"a,b\n1,2\n")
+    with pytest.raises(FeedError, match=r"feed\.path = .*check the path"):
+        table_file(tmp_path / "t", kind="parquet", refuse=nobody, **COMMON)
+
+
+def pairs() -> Iterator[tuple[dict[str, float], str]]:
+    return ((({"a": float(n), "b": n / 2}), "abc"[n % 3]) for n in range(60))
+
+
+def numbers() -> list[tuple[list[float], bool]]:
+    return [([n, n / 2], n % 2 == 0) for n in range(10)]
+
+
+def nothing_of_the_kind() -> list[int]:
+    return [1, 2]
+
+
+@pytest.mark.parametrize("source", ["test_feeds_local:pairs", "test_feeds_local:numbers", "river.datasets:Phishing"])
+def test_an_iterable_of_pairs_is_a_feed(source: str) -> None:
+    check_feed(lambda: iterable(source, max_classes=5, refuse=nobody), records=200 if "river" in source else 7)
+
+
+def test_what_is_no_iterable_of_pairs_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"feed\.source = 'test_feeds_local:nothing_of_the_kind'"):
+        iterable("test_feeds_local:nothing_of_the_kind", max_classes=5, refuse=nobody)
+    with pytest.raises(ConfigError, match="there is no nowhere in test_feeds_local"):
+        iterable("test_feeds_local:nowhere", max_classes=5, refuse=nobody)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tail", "parquet"])
+def test_a_killed_run_ends_where_an_unbroken_one_ends(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_table(TABLE)
+    if kind == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pytest.importorskip("pyarrow.csv").read_csv(TABLE), "t.parquet")
+        feed = ["feed.kind=parquet", "feed.path=t.parquet", "feed.label=y"]
+    else:
+        feed = ["feed.kind=tail", "feed.format=csv", f"feed.path={TABLE}", "feed.label=y", "feed.follow=false"]
+    outcome = kill_loop("default", 8, seed=1, feed=feed)
+    assert outcome.equal == outcome.ends >= 1

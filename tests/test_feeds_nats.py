@@ -1,0 +1,122 @@
+"""NATS JetStream, beside a real nats-server."""
+
+import asyncio
+import csv
+import json
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from brokers import Broker
+
+from runners.bench.kill import TABLE, kill_loop, write_table
+from runners.feeds import conformance
+from runners.feeds.conformance import Law, Stand
+from runners.feeds.jetstream import jetstream
+
+nats = pytest.importorskip("nats", reason="the client is not installed: pip install 'streamkd[nats]'")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    command = ["nats-server", "-a", "127.0.0.1", "-p", "{port}", "-js", "-sd", "{folder}"]
+    made = Broker("nats-server", command, tmp_path_factory.mktemp("nats"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def broker(server: Broker) -> Broker:
+    """Running, whatever the last test did."""
+    server.start()
+    return server
+
+
+def url(broker: Broker) -> str:
+    return f"nats://127.0.0.1:{broker.port}"
+
+
+def asked(broker: Broker, work: Callable[[Any], Awaitable[Any]]) -> None:
+    async def run() -> None:
+        client = await nats.connect(url(broker))
+        try:
+            await work(client.jetstream(timeout=20))
+        finally:
+            await client.close()
+
+    asyncio.run(run())
+
+
+def publish(broker: Broker, rows: Sequence[Mapping[str, Any]]) -> None:
+    async def work(context: Any) -> None:
+        for begin in range(0, len(rows), 200):
+            some = rows[begin : begin + 200]
+            await asyncio.gather(*(context.publish("records.a", json.dumps(row).encode()) for row in some))
+
+    asked(broker, work)
+
+
+def stand(broker: Broker, **options: Any) -> Stand:
+    """Return a stand on an empty stream."""
+
+    async def remake(context: Any) -> None:
+        with suppress(nats.js.errors.NotFoundError):
+            await context.delete_stream("s")
+        await context.add_stream(name="s", subjects=["records.*"])
+
+    async def forget(context: Any, records: int) -> None:
+        state = (await context.stream_info("s")).state
+        await context.purge_stream("s", seq=state.first_seq + records)
+
+    asked(broker, remake)
+    given = {"label": "y", "id": "id", "max_classes": 5, "stream": "s", "url": url(broker), **options}
+    return Stand(
+        open=partial(jetstream, **given),
+        publish=partial(publish, broker),
+        spoil=lambda: publish(broker, [{"a": "two", "b": 1, "y": "a", "id": "spoilt"}]),
+        stop=broker.stop,
+        start=broker.start,
+        forget=lambda records: asked(broker, partial(forget, records=records)),
+        empty=lambda: asked(broker, remake),
+    )
+
+
+@pytest.mark.parametrize("law", conformance.LAWS)
+def test_it_keeps_the_laws_of_feeds(law: Law, broker: Broker) -> None:
+    law(stand(broker))
+
+
+def test_only_the_subjects_wanted_come_and_others_are_no_loss(broker: Broker) -> None:
+    made = stand(broker, subject="records.b", columns=("a", "b"))
+    made.publish(conformance.rows(0, 10))
+    feed = made.open(refuse=lambda _: None)
+    for _ in range(2):
+        batch = feed.poll(16)
+        assert batch is not None
+        assert len(batch) == 0
+    assert made.forget is not None
+    made.forget(10)
+    asked(broker, lambda context: context.publish("records.b", json.dumps(conformance.rows(7, 8)[0]).encode()))
+    batch = feed.poll(16)
+    assert batch is not None
+    assert batch.ids == ("r7",)
+    feed.close()
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_where_an_unbroken_one_ends(
+    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_table(TABLE)
+    made = stand(broker)
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        made.publish(
+            [{name: cell if name == "y" else float(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+        )
+    feed = ["feed.kind=nats", f"feed.url={url(broker)}", "feed.stream=s", "feed.label=y", "feed.follow=false"]
+    outcome = kill_loop("default", 8, seed=2, feed=feed)
+    assert outcome.equal == outcome.ends >= 1

@@ -1,0 +1,295 @@
+"""Redis Streams, beside a real redis-server."""
+
+import csv
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from brokers import Broker
+from test_commands import fetched, started, streamkd, told
+
+from runners.bench.kill import RECORDS, TABLE, arguments, ended, in_a_child, kill_loop, write_table
+from runners.feeds import conformance
+from runners.feeds.conformance import Law, Stand
+from runners.feeds.redis_streams import redis_stream
+from streamkd import Batch, checkpoint
+from streamkd.errors import ConfigError, FeedError
+from streamkd.testing import check_feed
+
+redis = pytest.importorskip("redis", reason="the client is not installed: pip install 'streamkd[redis]'")
+
+
+NOBODY = torch.zeros(0)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    command = "redis-server --bind 127.0.0.1 --port {port} --dir {folder} --save  --appendonly yes --appendfsync always"
+    made = Broker("redis-server", command.split(" "), tmp_path_factory.mktemp("redis"), (b"PING\r\n", b"+PONG"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def broker(server: Broker) -> Broker:
+    """Running, whatever the last test did."""
+    server.start()
+    return server
+
+
+def url(broker: Broker) -> str:
+    return f"redis://127.0.0.1:{broker.port}/0"
+
+
+def publish(broker: Broker, rows: Sequence[Mapping[str, Any]]) -> None:
+    with redis.Redis.from_url(url(broker)) as client, client.pipeline(transaction=False) as pipeline:
+        for row in rows:
+            pipeline.xadd("s", row)
+        pipeline.execute()
+
+
+def stand(broker: Broker, **options: Any) -> Stand:
+    """Return a stand on an empty server."""
+
+    def run(command: str, *arguments: object) -> None:
+        with redis.Redis.from_url(url(broker)) as client:
+            client.execute_command(command, *arguments)
+
+    def trim(records: int) -> None:
+        with redis.Redis.from_url(url(broker)) as client:
+            client.xtrim("s", client.xlen("s") - records, approximate=False)
+
+    run("FLUSHALL")
+    given = {"label": "y", "id": "id", "max_classes": 5, "stream": "s", "url": url(broker), **options}
+    return Stand(
+        open=partial(redis_stream, **given),
+        publish=partial(publish, broker),
+        spoil=lambda: publish(broker, [{"a": "two", "b": 1, "y": "a", "id": "spoilt"}]),
+        stop=broker.stop,
+        start=broker.start,
+        forget=trim,
+        empty=lambda: run("DEL", "s"),
+    )
+
+
+@pytest.mark.parametrize("law", conformance.LAWS)
+def test_by_id_it_keeps_the_laws_of_feeds(law: Law, broker: Broker) -> None:
+    law(stand(broker))
+
+
+@pytest.mark.parametrize("law", conformance.LAWS)
+def test_in_a_group_it_keeps_the_laws_of_feeds(law: Law, broker: Broker) -> None:
+    law(stand(broker, group="g", consumer="c"))
+
+
+@pytest.fixture
+def table(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A stream that drifts, published; the settings to learn it by id up to its end."""
+    monkeypatch.chdir(tmp_path)
+    write_table(TABLE)
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        stand(broker).publish([{**row, "id": f"r{n}"} for n, row in enumerate(csv.DictReader(file))])
+    return ["feed.kind=redis", f"feed.url={url(broker)}", "feed.stream=s", "feed.label=y", "feed.id=id"]
+
+
+@pytest.mark.slow
+def test_a_run_by_id_that_is_killed_ends_where_an_unbroken_one_ends(table: list[str]) -> None:
+    outcome = kill_loop("default", 20, seed=3, feed=[*table, "feed.follow=false"])
+    assert outcome.kills == 20
+    assert outcome.equal == outcome.ends >= 1
+
+
+@pytest.mark.slow
+def test_a_run_by_id_ends_where_one_on_a_file_ends(table: list[str]) -> None:
+    for folder, feed in (("file", []), ("redis", [*table, "feed.follow=false"])):
+        assert ended(in_a_child(*arguments("default", Path(folder), feed))) == 0
+    about = [checkpoint.about(checkpoint.found(Path(folder))[0]) for folder in ("file", "redis")]
+    assert about[0]["records"] == about[1]["records"] == RECORDS
+    assert about[0]["peers"] == about[1]["peers"]
+
+
+def acknowledged(broker: Broker) -> int:
+    with redis.Redis.from_url(url(broker)) as client:
+        return sum(
+            group["entries-read"] - group["pending"] for group in client.xinfo_groups("s") if group["entries-read"]
+        )
+
+
+@pytest.mark.slow
+def test_killed_members_of_a_group_learn_all_and_little_of_it_twice(broker: Broker, table: list[str]) -> None:
+    """At least once, duplicates within a checkpoint interval: what was learned after the last one is learned again."""
+    interval, kills = 160, 6
+    group = [*table, "feed.group=g", "feed.consumer=c", "labels.delay=0"]
+    command = arguments("default", Path("saved"), group)
+    chance = random.Random(5)  # noqa: S311 - not for secrets
+    for _ in range(kills):
+        before = acknowledged(broker)
+        pid = in_a_child(*command)
+        patience = time.monotonic() + 30
+        while acknowledged(broker) <= before and time.monotonic() < patience:
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.1))
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid) == -signal.SIGKILL
+    with started(*command, "--set=log.level=info") as daemon, redis.Redis.from_url(url(broker)) as client:
+        told(daemon, "restored")
+        patience = time.monotonic() + 60
+        while time.monotonic() < patience:
+            (about,) = client.xinfo_groups("s")
+            if not about["lag"] and about["pending"] < interval:
+                break
+            time.sleep(0.2)
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(timeout=30) == 0
+        (about,) = client.xinfo_groups("s")
+    assert (about["lag"], about["pending"]) == (0, 0)
+    learned = checkpoint.about(checkpoint.found(Path("saved"))[0])["records"]
+    # The state that went on is that of the last checkpoint, so what a killed run learned after it counts once; but
+    # what was in a checkpoint and not yet acknowledged when the kill came counts twice.
+    assert RECORDS <= learned <= RECORDS + kills * 2 * interval
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_for_ten_seconds_costs_nothing_and_is_told(broker: Broker, table: list[str]) -> None:
+    settings = [*table, "http.port=0", "checkpoint.every_records=400", "checkpoint.directory=saved"]
+    with started("run", "default", *(f"--set={setting}" for setting in settings)) as daemon:
+        port = told(daemon, "listening")["port"]
+        told(daemon, "checkpoint")
+        broker.stop()
+        try:
+            told(daemon, "feed disconnected")
+            status, checks = fetched(port, "/readyz")
+            assert status == 503
+            assert json.loads(checks)["checks"]["feed_connected"] is False
+            assert fetched(port, "/healthz")[0] == 200
+            time.sleep(10)
+            text = fetched(port, "/metrics")[1]
+            assert 'streamkd_feed_connected{feed="redis"} 0.0' in text
+            assert 'streamkd_feed_errors_total{error_type="unreachable",feed="redis",stage="read"}' in text
+        finally:
+            broker.start()
+        told(daemon, "feed connected")
+        publish(broker, [{"x0": n, "id": f"m{n}", "y": "1"} for n in range(100)])
+        patience = time.monotonic() + 60
+        wanted = f'streamkd_feed_records_total{{feed="redis"}} {float(RECORDS + 100)}'
+        while wanted not in (text := fetched(port, "/metrics")[1]) and time.monotonic() < patience:
+            time.sleep(0.1)
+        assert wanted in text
+        assert 'streamkd_feed_lag_records{feed="redis",partition="0"} 0.0' in text
+        assert 'streamkd_feed_connected{feed="redis"} 1.0' in text
+        assert fetched(port, "/readyz")[0] == 200
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told_"),
+    [
+        ({"label": "klass"}, r"feed\.label = 'klass': no such column in 's'"),
+        ({"labels": "y"}, r"feed\.labels: no such setting; did you mean label\?"),
+        ({"on_position_lost": "ignore"}, r"feed\.on_position_lost = 'ignore'"),
+        ({"format": "csv"}, r"feed\.columns: missing; a message of CSV has no header"),
+        ({"format": "json", "field": "a"}, r"feed\.stream = 's': none of its first 3 messages can be used"),
+        ({"password_env": "STREAMKD_NOT_SET"}, r"feed\.password_env = 'STREAMKD_NOT_SET'"),
+        ({"shape": (3,)}, r"feed\.shape = \[3\]: 3 numbers, and a record has 2"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_told(broker: Broker, options: dict[str, Any], told_: str) -> None:
+    made = stand(broker, **options)
+    made.publish(conformance.rows(0, 3))
+    with pytest.raises(ConfigError, match=told_):
+        made.open(refuse=lambda _: None)
+
+
+def test_a_stream_without_records_is_waited_for_and_then_told(broker: Broker) -> None:
+    made = stand(broker, wait_seconds=0.1)
+    with pytest.raises(FeedError, match=r"no record in 0\.1 s; publish one, or name all columns in feed\.columns"):
+        made.open(refuse=lambda _: None)
+    feed = made.open(refuse=lambda _: None, columns=("a", "b"))
+    made.publish(conformance.rows(0, 3))
+    batch = feed.poll(16)
+    feed.close()
+    assert batch is not None
+    assert batch.x.tolist() == [[0, 0], [1, 0.5], [2, 1]]
+
+
+def test_a_payload_of_many_records_is_left_and_found_again_in_its_middle(broker: Broker) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    made = stand(broker, format="arrow", field="data", ignore=("filler",), follow=False)
+    for begin in (0, 20):
+        table = pyarrow.Table.from_pylist(conformance.rows(begin, begin + 20, filler=""))
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        made.publish([{"data": sink.getvalue().to_pybytes()}])
+    check_feed(lambda: made.open(refuse=lambda _: None))
+
+
+def test_an_entry_deleted_by_hand_is_no_loss(broker: Broker) -> None:
+    made = stand(broker, columns=("a", "b"))
+    made.publish(conformance.rows(0, 10))
+    with redis.Redis.from_url(url(broker)) as client:
+        client.xdel("s", client.xrange("s")[5][0])
+    feed = made.open(refuse=lambda _: None)
+    batch = feed.poll(16)
+    assert batch is not None
+    assert len(batch) == 9
+    assert not any(feed.lag().values())
+    feed.close()
+    assert made.forget is not None
+    made.forget(9)
+    made.publish(conformance.rows(10, 12))
+    again = made.open(refuse=lambda _: None)
+    again.seek(batch.position)
+    batch = again.poll(16)
+    again.close()
+    assert batch is not None
+    assert batch.ids == ("r10", "r11")
+
+
+def test_latest_begins_with_what_comes_next(broker: Broker) -> None:
+    made = stand(broker, start="latest")
+    made.publish(conformance.rows(0, 10))
+    feed = made.open(refuse=lambda _: None)
+    made.publish(conformance.rows(10, 12))
+    batch = feed.poll(16)
+    feed.close()
+    assert batch is not None
+    assert batch.ids == ("r10", "r11")
+
+
+def test_what_a_member_of_a_group_left_long_ago_is_taken_over_by_another(broker: Broker) -> None:
+    made = stand(broker, group="g", idle_seconds=0.05)
+    made.publish(conformance.rows(0, 30))
+    for consumer in ("gone", "next"):
+        time.sleep(0.1)
+        feed = made.open(refuse=lambda _: None, consumer=consumer)
+        given = [name for _ in range(3) for name in (feed.poll(16) or Batch(NOBODY, NOBODY)).ids]
+        feed.close()
+        assert given == [f"r{n}" for n in range(30)]
+
+
+def test_check_shows_three_records_and_a_server_that_is_away(
+    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    stand(broker).publish(conformance.rows(0, 10))
+    given = [f"--set={pair}" for pair in (f"feed.url={url(broker)}", "feed.stream=s", "feed.id=id", "http.port=0")]
+    assert streamkd(monkeypatch, "check", "redis", *given) == 0
+    shown = capsys.readouterr().out
+    for word in ("First 3 records", "effectively once", "waiting", "It would run"):
+        assert word in shown
+    broker.stop()
+    assert streamkd(monkeypatch, "check", "redis", *given) == 2
+    assert "cannot be reached" in capsys.readouterr().err
+    assert streamkd(monkeypatch, "run", "redis", *given) == 3
+    assert "Traceback" not in capsys.readouterr().err

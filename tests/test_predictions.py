@@ -1,0 +1,140 @@
+"""What was answered goes out, and no checkpoint passes an answer that did not."""
+
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from brokers import Broker
+from test_commands import run_once, streamkd, table
+
+from runners.bench.kill import RECORDS, TABLE, arguments, ended, in_a_child, write_table
+from runners.predictions import Lines
+from streamkd import checkpoint
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+JSONL = ("predictions.kind=jsonl", "predictions.path=out/predictions.jsonl")
+
+
+def written() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("out/predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_record_has_a_line_with_the_answer_given_before_its_label_was_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table(Path("d.csv"), 400)
+    assert run_once(monkeypatch, *JSONL) == 0
+    lines = written()
+    assert [line["record"] for line in lines] == list(range(1, 401))
+    assert [line["step"] for line in lines] == [n // 16 for n in range(400)]
+    for line in lines:
+        assert line["class"] == max(line["probabilities"], key=line["probabilities"].get)
+    assert sum(lines[-1]["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+    truth = [row.rpartition(",")[2] for row in Path("d.csv").read_text(encoding="utf-8").splitlines()[1:]]
+    right = [line["class"] == label for line, label in zip(lines, truth, strict=True)]
+    assert sum(right[200:]) > 150
+    accuracy = checkpoint.about(checkpoint.found(Path("saved"))[0])["accuracy"]
+    assert sum(right[16:]) / 400 <= accuracy <= sum(right) / 400 + 16 / 400  # before the first lesson nobody knows
+
+
+def test_ids_are_told_where_records_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    table(Path("d.csv"), 40)
+    header, *rows = Path("d.csv").read_text(encoding="utf-8").splitlines()
+    named = [f"id,{header}", *(f"n{index},{row}" for index, row in enumerate(rows))]
+    Path("d.csv").write_text("\n".join(named) + "\n", encoding="utf-8")
+    assert run_once(monkeypatch, *JSONL, "feed.id=id") == 0
+    assert [line["id"] for line in written()] == [f"n{index}" for index in range(40)]
+
+
+@pytest.mark.slow
+def test_killed_runs_leave_no_record_without_an_answer_and_give_the_same_answer_twice() -> None:
+    write_table(TABLE)
+    command = [*arguments("default", Path("saved")), *(f"--set={pair}" for pair in JSONL), "--set=labels.delay=0"]
+    for kill in range(5):
+        before = len(written()) if Path("out").exists() else 0
+        pid = in_a_child(*command)
+        patience = time.monotonic() + 60
+        while time.monotonic() < patience and (not Path("out").exists() or len(lines_so_far()) < before + 300):
+            time.sleep(0.02)
+        os.kill(pid, signal.SIGKILL)
+        assert ended(pid) == -signal.SIGKILL, kill
+    assert ended(in_a_child(*command)) == 0
+    answers: dict[int, dict[str, Any]] = {}
+    for line in written():
+        assert answers.setdefault(line["record"], line) == line
+    assert sorted(answers) == list(range(1, RECORDS + 1))
+    assert len(written()) > RECORDS
+
+
+def lines_so_far() -> list[str]:
+    return Path("out/predictions.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def test_no_checkpoint_passes_an_answer_that_could_not_be_written(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"), 400)
+    overrides = ("predictions.kind=jsonl", "predictions.path=/dev/full", "checkpoint.every_records=100")
+    assert run_once(monkeypatch, *overrides) == 4
+    assert "No space left" in capsys.readouterr().err
+    assert not checkpoint.found(Path("saved"))
+
+
+def test_lines_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    sink = Lines(tmp_path / "out")
+    sink.put(["one"])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, before[1]))
+    try:
+        with pytest.raises(OSError, match="bytes could be written"):
+            sink.put(["two", "three"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    sink.put(["two", "three"])
+    sink.sync()
+    sink.close()
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "one\ntwo\nthree\n"
+
+
+def test_a_folder_is_no_file_for_predictions(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"), 40)
+    assert run_once(monkeypatch, "predictions.kind=jsonl", "predictions.path=.") == 2
+    assert "predictions.path = '.': cannot be written" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    command = "redis-server --bind 127.0.0.1 --port {port} --dir {folder} --save "
+    made = Broker("redis-server", command.split(" "), tmp_path_factory.mktemp("redis"), (b"PING\r\n", b"+PONG"))
+    yield made
+    made.stop()
+
+
+def test_predictions_are_entries_of_a_redis_stream(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    redis = pytest.importorskip("redis")
+    table(Path("d.csv"), 100)
+    url = f"redis://127.0.0.1:{broker.port}/0"
+    overrides = ("predictions.kind=redis", "predictions.stream=out", f"predictions.url={url}")
+    assert run_once(monkeypatch, *overrides) == 0
+    with redis.Redis.from_url(url) as client:
+        entries = [json.loads(fields[b"data"]) for _, fields in client.xrange("out")]
+    assert [entry["record"] for entry in entries] == list(range(1, 101))
+    broker.stop()
+    given = [f"--set={pair}" for pair in ("feed.path=d.csv", "feed.label=y", *overrides, "checkpoint.directory=other")]
+    assert streamkd(monkeypatch, "run", "default", *given) == 3
+    assert f"predictions.url = '{url}': cannot be reached" in capsys.readouterr().err
