@@ -364,6 +364,16 @@ def _errors() -> Sequence[Panel]:
             stacked=True,
         ),
         graph(
+            "Positions lost",
+            "short",
+            "Positions that the source no longer had, and where reading went on instead. Any at all: records were never "
+            "seen, see StreamkdPositionReset.",
+            (events("feed_position_resets_total", "feed", "reason"), "{{feed}} {{reason}}"),
+            size=QUARTER,
+            blocks=True,
+            stacked=True,
+        ),
+        graph(
             "Updates not finite",
             "short",
             "Updates that were not taken, and what was done with a peer that stayed so. One or two: a bad record, left "
