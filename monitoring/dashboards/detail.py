@@ -366,8 +366,8 @@ def _errors() -> Sequence[Panel]:
         graph(
             "Positions lost",
             "short",
-            "Positions that the source no longer had, and where reading went on instead. Any at all: records were never "
-            "seen, see StreamkdPositionReset.",
+            "Positions that the source no longer had, and where reading went on instead. Any at all: records were "
+            "never seen, see StreamkdPositionReset.",
             (events("feed_position_resets_total", "feed", "reason"), "{{feed}} {{reason}}"),
             size=QUARTER,
             blocks=True,
