@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from streamkd.batch import Output, labelled
-from streamkd.logits import UNSEEN, cross_entropy, mask_unseen
+from streamkd.faults import at_fault
+from streamkd.lesson import Learned, Lesson
+from streamkd.logits import UNSEEN, cross_entropy, labels_loss, mask_unseen
 from streamkd.losses import Loss, kd
 from streamkd.peer import Peer
 from streamkd.report import SERVED
 from streamkd.river_peer import RiverPeer
 from streamkd.schedules import Schedule, Signals, competence, constant, loss_driven
+from streamkd.stack import grouped
 
 STUCK = 8
 """Updates in a row without a finite gradient after which a peer is rolled back, or restarted."""
@@ -72,60 +76,16 @@ class Distillation:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Lesson:
-    """What one update learns from.
+class _Lessons:
+    """What the schedules said of each pair, as tensors `[pairs, 1]`; betas `[peers, 1]`."""
 
-    Attributes:
-        x: `[m, ...]`, ready for the models.
-        y: `[m]`, class indices, or `UNLABELLED`.
-        weights: `[m]`.
-        targets: `[m, classes]`, probabilities, for examples without a label; rows of the others are passed over. None
-            where every example has a label.
-    """
-
-    x: Tensor
-    y: Tensor
-    weights: Tensor
-    targets: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def rows(self, rows: Sequence[int]) -> "Lesson":
-        """Return the chosen examples."""
-        index = torch.tensor(rows, device=self.y.device)
-        targets = None if self.targets is None else self.targets[index]
-        return Lesson(self.x[index], self.y[index], self.weights[index], targets)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Learned:
-    """What one update did.
-
-    Attributes:
-        losses: `[m]`, hard loss of each example, the mean over peers, before the step; NaN for one at fault.
-        hard, soft, total: `[peers]`, mean hard loss, weighted distillation, and the sum that was minimised, as it
-            is before distillation is capped.
-        divergence: `[peers]`, mean distillation loss from the teachers, unweighted.
-        norms: `[peers]`, norm of the gradient before clipping; NaN where the loss is not finite.
-        agreed, compared: pairs of peers that gave the same answer to a record, and pairs compared.
-        faulty: rows of examples that were left out, because an update on one of them alone is not finite.
-    """
-
-    losses: Tensor
-    hard: Tensor
-    soft: Tensor
-    total: Tensor
-    divergence: Tensor
-    norms: Tensor
-    agreed: int
-    compared: int
-    faulty: tuple[int, ...] = ()
-
-    @property
-    def finite(self) -> bool:
-        """Whether every peer has a gradient to step along."""
-        return bool(self.norms.isfinite().all())
+    betas: Tensor
+    teach: bool
+    sources: Tensor
+    students: Tensor
+    temperatures: Tensor
+    alphas: Tensor  # shared out among a student's teachers
+    portions: Tensor
 
 
 class Cohort:
@@ -143,8 +103,8 @@ class Cohort:
         self.distillation = distillation or Distillation()
         size = len(self.peers)
         self.names = [peer.name for peer in self.peers]
-        self.losses = torch.zeros(size)  # running means over 50 batches, in nats
-        self.accuracies = torch.zeros(size)
+        self.losses = [0.0] * size  # running means over 50 batches, in nats
+        self.accuracies = [0.0] * size
         self.observed = 0
         self.updates = 0
         self.drift_update = -1_000_000
@@ -152,6 +112,10 @@ class Cohort:
         self.alphas: dict[tuple[int, int], float] = {}
         self.betas: list[float] = [1.0] * size
         self.softness = [1.0] * size  # temperatures, boosted after an alarm
+        self._groups = grouped(self.peers)
+        order = [index for group in self._groups for index in group.members]
+        self._places = None if order == list(range(size)) else torch.tensor(order).argsort()
+        self._lessons: _Lessons | None = None
 
     def __len__(self) -> int:
         return len(self.peers)
@@ -159,16 +123,25 @@ class Cohort:
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Answer `x` `[n, ...]`: logits `[2 * peers, n, classes]`, the peers' first, then their averages'."""
-        answers = [peer.predict(x).logits for peer in self.peers]
-        answers += [peer.predict_average(x).logits for peer in self.peers]
-        return torch.stack(answers)
+        said = [group.predict(x) for group in self._groups]
+        if len(said) == 1:
+            return said[0]
+        peers, averages = zip(*(answers.chunk(2) for answers in said), strict=True)
+        return torch.cat([self._in_order(peers), self._in_order(averages)])
+
+    def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
+        """Put what the groups said `[members, ...]` in the order of the peers."""
+        said = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return said if self._places is None else said[self._places.to(said.device)]
 
     def observe(self, losses: Tensor, accuracies: Tensor) -> None:
         """Take in the prequential loss and accuracy `[peers]` of one batch."""
         self.observed += 1
         share = max(1 / self.observed, 1 / 50)
-        self.losses = self.losses.lerp(losses.cpu(), share)
-        self.accuracies = self.accuracies.lerp(accuracies.cpu(), share)
+        self.losses = [old + share * (new - old) for old, new in zip(self.losses, losses.tolist(), strict=True)]
+        self.accuracies = [
+            old + share * (new - old) for old, new in zip(self.accuracies, accuracies.tolist(), strict=True)
+        ]
 
     def alarm(self) -> None:
         """The world has changed: schedules count from here."""
@@ -177,6 +150,7 @@ class Cohort:
     def schedule(self, teacher: int, classes: int) -> None:
         """Set temperatures, alphas and betas for the next lessons."""
         rule = self.distillation
+        self._lessons = None
         burning_in = self.updates < rule.burn_in
         boost = 1 + (rule.temperature_boost - 1) * self._alertness()
         alphas, betas = self.alphas, self.betas
@@ -202,7 +176,7 @@ class Cohort:
         Args:
             lesson: the examples.
             teacher: index of the peer in office.
-            seen: `[classes]` bool, classes met so far; the others are ruled out.
+            seen: bool, which of the first classes were met so far; all others are ruled out.
             weights: `[2 * peers]`, of the members in the served answer, for the `ensemble` scheme.
         """
         backward = partial(self._backward, teacher=teacher, seen=seen, weights=weights)
@@ -210,7 +184,7 @@ class Cohort:
         if not learned.finite:
             learned = self._without_faulty(lesson, learned, backward)
         if len(learned.faulty) < len(lesson):
-            self._step(learned.norms.tolist(), teacher)
+            self._step(learned.norms, teacher)
         self.mend(teacher)
         self.updates += 1
         return learned
@@ -223,84 +197,55 @@ class Cohort:
 
     def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Bring every peer its gradient, clipped; take no step yet."""
-        logits = mask_unseen(torch.stack([peer.learn(lesson.x).logits for peer in self.peers]), seen)
-        leaf = logits.detach().requires_grad_()
-        hard = cross_entropy(leaf, lesson.y)  # [peers, m]
-        (hard_gradient,) = torch.autograd.grad(hard.sum(), leaf)
-        hard = hard.detach()
-        betas = torch.tensor(self.betas).to(leaf)[:, None]
-        gradient = hard_gradient * betas[..., None]
-        soft, divergence = torch.zeros_like(hard), torch.zeros_like(hard)
-        if any(self.alphas.values()):
-            soft, divergence, soft_gradient = self._distil(leaf, hard, lesson, seen=seen, weights=weights)
-            # Where it is capped, distillation is cut to the length of the label's gradient, record by record.
-            room = gradient.norm(dim=-1) / soft_gradient.norm(dim=-1).clamp(min=1e-12)
-            share = room.clamp(max=1.0) if self.distillation.cap else torch.ones_like(room)
-            gradient = gradient + soft_gradient * share[..., None]
-        known = labelled(lesson.y)
+        logits = self._in_order([group.learn(lesson.x) for group in self._groups])
+        rest = (0, logits.shape[-1] - len(seen))
+        leaf = mask_unseen(logits.detach()[..., : len(seen)], seen)
+        hard, gradient, p = labels_loss(leaf, lesson.y)
+        rule = self._lessons = self._lessons or self._prepare(leaf)
+        gradient = gradient * rule.betas[..., None]
+        soft = divergence = torch.zeros_like(hard)
+        if rule.teach:
+            soft, divergence, soft_gradient = self._distil(leaf, hard, lesson, rule, seen=seen, weights=weights)
+            if self.distillation.cap:  # cut to the length of the label's gradient, record by record
+                room = gradient.norm(dim=-1) / soft_gradient.norm(dim=-1).clamp(min=1e-12)
+                soft_gradient = soft_gradient * room.clamp(max=1.0)[..., None]
+            gradient = gradient + soft_gradient
         if lesson.targets is not None:  # the gradient of KL(target || answer) where there is no label
-            gradient = torch.where(known[:, None], gradient, leaf.detach().softmax(-1) - lesson.targets)
-        logits.backward(gradient * lesson.weights[:, None])  # type: ignore[no-untyped-call]
-        norms = torch.tensor(
-            [0.0 if self._frozen(index, teacher) else peer.clip_gradient() for index, peer in enumerate(self.peers)]
-        )
-        norms[~hard.isfinite().all(1).cpu()] = torch.nan  # a loss that is not finite may have a gradient that is
-        answers = leaf.detach().argmax(-1)
-        return Learned(
-            losses=hard.nanmean(0),
-            hard=hard.sum(1) / known.sum().clamp(min=1),
-            soft=soft.mean(1),
-            total=((betas * hard + soft) * lesson.weights).sum(1),
-            divergence=divergence.mean(1),
-            norms=norms,
-            agreed=int(sum((answers[i] == answers[:i]).sum() for i in range(1, len(self)))),
-            compared=answers.shape[1] * len(self) * (len(self) - 1) // 2,
-        )
+            gradient = torch.where(labelled(lesson.y)[:, None], gradient, p - lesson.targets)
+        logits.backward(functional.pad(gradient * lesson.weights[:, None], rest))  # type: ignore[no-untyped-call]
+        # A loss that is not finite may have a gradient that is.
+        norms = [0.0 if math.isfinite(loss) else math.nan for loss in hard.sum(1).tolist()]
+        for group in self._groups:
+            for index, norm in zip(group.members, group.clip_gradients(), strict=True):
+                norms[index] += norm
+        if self._frozen(teacher, teacher):
+            norms[teacher] = 0.0
+        return Learned(lesson, hard.mean(0), hard, soft, divergence, leaf.argmax(-1), rule.betas, norms)
 
     def _without_faulty(self, lesson: Lesson, learned: Learned, backward: Callable[[Lesson], Learned]) -> Learned:
         """Leave out the examples that are at fault, and bring the gradient of the others."""
-        faulty = self._at_fault(lesson, learned.norms, backward)
+
+        def broken(part: Lesson, peer: int) -> bool:
+            self._discard()
+            return not math.isfinite(backward(part).norms[peer])
+
+        stopped = [index for index, norm in enumerate(learned.norms) if not math.isfinite(norm)]
+        faulty = at_fault(lesson, stopped, broken)
         self._discard()
         if faulty:
-            for peer, norm in zip(self.peers, learned.norms.tolist(), strict=True):
-                peer.skipped += not math.isfinite(norm)
+            for index in stopped:
+                self.peers[index].skipped += 1
         kept = [row for row in range(len(lesson)) if row not in faulty]
         losses = torch.full_like(learned.losses, torch.nan)
         if kept:
             learned = backward(lesson.rows(kept))
-            losses[kept] = learned.losses
+            losses[kept] = learned.hard_losses.nanmean(0)
         return replace(learned, losses=losses, faulty=tuple(faulty))
-
-    def _at_fault(self, lesson: Lesson, norms: Tensor, backward: Callable[[Lesson], Learned]) -> list[int]:
-        """Find, by bisection, the examples on which alone an update is not finite.
-
-        A peer that breaks down on every one of them, and on an example of zeros, around which all inputs are scaled,
-        has itself to blame.
-        """
-
-        def broken(part: Lesson, peer: int) -> bool:
-            self._discard()
-            return not math.isfinite(float(backward(part).norms[peer]))
-
-        def search(rows: list[int], peer: int) -> list[int]:
-            if not broken(lesson.rows(rows), peer):
-                return []
-            half = len(rows) // 2
-            return rows if len(rows) == 1 else search(rows[:half], peer) + search(rows[half:], peer)
-
-        neutral = Lesson(torch.zeros_like(lesson.x[:1]), lesson.y[:1], torch.ones_like(lesson.weights[:1]))
-        everything = list(range(len(lesson)))
-        faulty: set[int] = set()
-        for peer in (~norms.isfinite()).nonzero()[:, 0].tolist():
-            found = search(everything, peer)
-            if len(found) < len(lesson) or not broken(neutral, peer):
-                faulty |= set(found)
-        return sorted(faulty)
 
     def _discard(self) -> None:
         """Throw away all gradients."""
-        for peer in self.peers:
-            peer.discard()
+        for group in self._groups:
+            group.discard()
 
     def pairs(self, teacher: int) -> list[tuple[int, int]]:
         """Return who teaches whom, as (source, student).
@@ -325,37 +270,54 @@ class Cohort:
         """Return the name of a source of `pairs`."""
         return SERVED if source == 2 * len(self) else self.names[source % len(self)]
 
+    def _prepare(self, like: Tensor) -> "_Lessons":
+        """Gather what the schedules said into tensors, once for all the updates until they are asked again."""
+        sources, students = ([pair[side] for pair in self.alphas] for side in (0, 1))
+        counts = [students.count(student) for student in students]
+        alphas = [alpha / count for alpha, count in zip(self.alphas.values(), counts, strict=True)]
+        return _Lessons(
+            betas=like.new_tensor(self.betas)[:, None],
+            teach=any(alphas),
+            sources=torch.tensor(sources, device=like.device),
+            students=torch.tensor(students, device=like.device),
+            temperatures=like.new_tensor([self.softness[student] for student in students])[:, None],
+            alphas=like.new_tensor(alphas)[:, None],
+            portions=like.new_tensor([1 / count for count in counts])[:, None],
+        )
+
     def _distil(
-        self, leaf: Tensor, hard: Tensor, lesson: Lesson, *, seen: Tensor, weights: Tensor
+        self, logits: Tensor, hard: Tensor, lesson: Lesson, rule: "_Lessons", *, seen: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted and plain distillation loss `[peers, m]`, and its gradient at the logits `[peers, m, classes]`."""
-        sources, students = (list(side) for side in zip(*self.alphas, strict=True))
-        taught = self._sources(leaf.detach(), lesson.x, seen=seen, weights=weights)[sources]
-        sound = taught.isfinite().all(-1)  # a teacher that broke down teaches nothing
-        taught = torch.where(sound[..., None], taught, 0.0)
-        temperature = torch.tensor([self.softness[student] for student in students]).to(leaf)[:, None]
-        loss = self.distillation.loss(Output(leaf[students]), Output(taught), lesson.y, temperature)
+        taught, charged = self._taught(logits, hard, lesson, rule, seen=seen, weights=weights)
+        gate = self._gate(hard[rule.students], charged)
+        if not math.isfinite(float(taught.sum())):  # a teacher that broke down teaches nothing
+            sound = taught.isfinite().all(-1)
+            taught, gate = torch.where(sound[..., None], taught, 0.0), gate.nan_to_num(0.0) * sound
+        leaf = logits[rule.students].requires_grad_()
+        loss = self.distillation.loss(Output(leaf), Output(taught), lesson.y, rule.temperatures)
         # A student of several teachers hears their mean (1 / (P - 1) in deep mutual learning).
-        shares = torch.tensor([alpha / students.count(j) for (_, j), alpha in self.alphas.items()]).to(leaf)
-        gate = self._gate(hard[students], cross_entropy(taught, lesson.y)) * sound
-        weighted = shares[:, None] * gate * loss
+        weighted = rule.alphas * gate * loss
         (gradient,) = torch.autograd.grad(weighted.sum(), leaf)
-        index = torch.tensor(students, device=leaf.device)
-        soft = torch.zeros_like(hard).index_add_(0, index, weighted.detach())
-        counts = torch.tensor([students.count(j) for j in students]).to(leaf)[:, None]
-        divergence = torch.zeros_like(hard).index_add_(0, index, loss.detach() / counts)
-        return soft, divergence, gradient
+        return (
+            torch.zeros_like(hard).index_add_(0, rule.students, weighted.detach()),
+            torch.zeros_like(hard).index_add_(0, rule.students, loss.detach() * rule.portions),
+            torch.zeros_like(logits).index_add_(0, rule.students, gradient),
+        )
 
     @torch.no_grad()
-    def _sources(self, logits: Tensor, x: Tensor, *, seen: Tensor, weights: Tensor) -> Tensor:
-        """All that can teach, as logits `[sources, m, classes]`; only what the scheme asks for is computed."""
+    def _taught(
+        self, logits: Tensor, hard: Tensor, lesson: Lesson, rule: "_Lessons", *, seen: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Each pair's teacher: its logits `[pairs, m, classes]`, and what the labels charge it with, `[pairs, m]`."""
         if self.distillation.scheme in {"leader", "static", "mutual"}:
-            return logits
-        averages = mask_unseen(torch.stack([peer.predict_average(x).logits for peer in self.peers]), seen)
+            return logits[rule.sources], hard[rule.sources]
+        averages = mask_unseen(self.predict(lesson.x)[len(self) :, :, : len(seen)], seen)
         members = torch.cat([logits, averages])
         log_p = members.log_softmax(-1) + weights.to(logits).log()[:, None, None]
         served = log_p.nan_to_num(nan=UNSEEN).logsumexp(0)
-        return torch.cat([members, served[None]])
+        taught = torch.cat([members, served[None]])[rule.sources]
+        return taught, cross_entropy(taught, lesson.y)
 
     def _gate(self, student: Tensor, teacher: Tensor) -> Tensor:
         match self.distillation.gate:
@@ -371,11 +333,10 @@ class Cohort:
         return rule.scheme == "static" and index == teacher and self.updates >= rule.freeze_after
 
     def _step(self, norms: Sequence[float], teacher: int) -> None:
-        for index, (peer, norm) in enumerate(zip(self.peers, norms, strict=True)):
-            if self._frozen(index, teacher):
-                peer.discard()
-            else:
-                peer.step(norm, self.rate)
+        for group in self._groups:
+            group.step([None if self._frozen(i, teacher) else norms[i] for i in group.members], self.rate)
+        if self._frozen(teacher, teacher):
+            self.peers[teacher].discard()
 
     @property
     def rate(self) -> float:
@@ -389,6 +350,8 @@ class Cohort:
 
     def mend(self, teacher: int) -> None:
         """Roll a peer that stays non-finite back; if that was no help, give it the weights of one that is well."""
+        if all(peer.stuck < STUCK for peer in self.peers):
+            return
         for peer in self.peers:
             if isinstance(peer, RiverPeer) or peer.stuck < STUCK:
                 continue
@@ -401,6 +364,8 @@ class Cohort:
             else:
                 others = [other for other in (self.peers[teacher], *self.peers) if isinstance(other, Peer)]
                 peer.restart(next((other for other in others if not other.stuck), peer))
+        for group in self._groups:
+            group.adopt()
 
     def _alertness(self) -> float:
         """1 at an alarm, halving every `boost_half_life` updates."""
@@ -413,10 +378,10 @@ class Cohort:
             update=self.updates,
             updates_since_drift=self.updates - self.drift_update,
             classes=max(2, classes),
-            loss=float(self.losses[student]),
-            teacher_loss=float(self.losses[teacher]),
-            accuracy=float(self.accuracies[student]),
-            teacher_accuracy=float(self.accuracies[teacher]),
+            loss=self.losses[student],
+            teacher_loss=self.losses[teacher],
+            accuracy=self.accuracies[student],
+            teacher_accuracy=self.accuracies[teacher],
             capacity=capacity if known else 1,
             teacher_capacity=teacher_capacity if known else 1,
         )
@@ -425,8 +390,8 @@ class Cohort:
         """Return the peers, what was observed of them, and what the schedules said last."""
         return {
             "peers": {peer.name: peer.state_dict() for peer in self.peers},
-            "losses": self.losses,
-            "accuracies": self.accuracies,
+            "losses": list(self.losses),
+            "accuracies": list(self.accuracies),
             "observed": self.observed,
             "updates": self.updates,
             "drift_update": self.drift_update,
@@ -438,9 +403,10 @@ class Cohort:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
+        self._lessons = None
         for peer in self.peers:
             peer.load_state_dict(state["peers"][peer.name])
-        self.losses, self.accuracies = state["losses"], state["accuracies"]
+        self.losses, self.accuracies = list(state["losses"]), list(state["accuracies"])
         self.observed, self.updates = state["observed"], state["updates"]
         self.drift_update = state["drift_update"]
         self.temperatures, self.betas = list(state["temperatures"]), list(state["betas"])

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import zip_longest
-from math import nan
+from math import isfinite, nan
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from streamkd import chance
 from streamkd.batch import UNLABELLED, Batch, labelled
-from streamkd.cohort import Cohort, Distillation, Learned, Lesson
+from streamkd.cohort import Cohort, Distillation
 from streamkd.drift import DriftWatch, adwin
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Answers, Pending
-from streamkd.logits import mask_unseen
+from streamkd.lesson import Learned, Lesson, joined, together
+from streamkd.logits import UNSEEN, mask_unseen
 from streamkd.peer import Peer
 from streamkd.pool import Pool
 from streamkd.replay import Memories, Recall, ReplayBuffer
@@ -87,6 +89,7 @@ class Engine:
         self.transfer = TransferEfficiency(len(peers))
         self.clock = clock
         self.seen = torch.zeros(classes, dtype=torch.bool)
+        self._look()
         self.steps = 0
         self.records = 0
         self.scored = 0
@@ -114,22 +117,22 @@ class Engine:
         self._note("score")
         drifts, swap = self._adapt(scored)
         self._note("adapt")
-        nothing = said.rows(torch.zeros(0, dtype=torch.int64))
         untold = self._untold(batch, said)
         memories: list[Memories] = []
         learned: list[Learned] = []
-        faulty: list[Tensor] = []
+        faulty: list[int] = []
         stride = self.recall.stride
-        for part, taught in zip_longest(answers.split(stride), untold.split(stride), fillvalue=nothing):
+        parts = zip_longest(answers.split(stride), untold.split(stride), fillvalue=said.rows(slice(0)))
+        for first, (part, taught) in enumerate(parts):
             drawn = self._recall(part, taught)
             self._note("recall")
             taken, broken = self._learn(part, drawn, taught)
             self._note("learn")
-            self._remember(part.rows(~broken) if bool(broken.any()) else part, drawn, taken)
+            self._remember(part.without(broken), drawn, taken)
             self._note("remember")
             memories += drawn
             learned += taken
-            faulty.append(broken)
+            faulty += [first * stride + row for row in broken]
         return self._report(
             batch,
             said,
@@ -139,7 +142,7 @@ class Engine:
             memories=memories,
             learned=learned,
             taught=len(untold) if learned else 0,
-            faults=_faults(batch, answers, torch.cat(faulty)),
+            faults=_faults(batch, answers, faulty),
         )
 
     @torch.no_grad()
@@ -152,14 +155,22 @@ class Engine:
 
         The sources are the members, and whatever the pool adds to them.
         """
-        seen = self.seen.to(self.device)
+        seen = self._seen
         if len(x):
-            logits = self.cohort.predict(self.inputs(x))
+            logits = self.cohort.predict(self.inputs(x))[..., : len(seen)]
         else:
-            logits = torch.zeros(2 * len(self.cohort), 0, self.classes, device=self.device)
+            logits = torch.zeros(2 * len(self.cohort), 0, len(seen), device=self.device)
         log_p = mask_unseen(logits, seen).log_softmax(-1)
-        mixture = self.served.answer(log_p)
-        return (log_p, mixture) if self.pool is None else self.pool.serve(log_p, mixture, seen)
+        served = self.served.answer(log_p)
+        if self.pool is not None:
+            log_p, served = self.pool.serve(log_p, served, seen)
+        rest = (0, self.classes - len(seen))
+        return functional.pad(log_p, rest, value=UNSEEN), functional.pad(served, rest)
+
+    def _look(self) -> None:
+        """Note the classes up to the last one that was seen: nothing is computed for those after it."""
+        (met,) = self.seen.nonzero(as_tuple=True)
+        self._seen = self.seen[: int(met[-1]) + 1 if len(met) else self.classes].to(self.device)
 
     @torch.no_grad()
     def _predict(self, batch: Batch) -> Answers:
@@ -189,12 +200,14 @@ class Engine:
         predicted = answers.log_p[:peers].argmax(-1)
         correct = predicted == y
         self.served.update(log_p[: 2 * peers])
+        if not bool(self.seen[y.cpu()].all()):
+            self.seen[y.cpu()] = True
+            self._look()
         if self.pool is not None:
-            self.pool.update(answers.log_p, y)
+            self.pool.update(answers.log_p[..., : len(self._seen)], y)
         self.roles.update(log_p[:peers], correct)
         self.cohort.observe(-log_p[:peers].mean(1), correct.float().mean(1))
         self.transfer.update(predicted, self.roles.teacher)
-        self.seen[y.cpu()] = True
         self.scored += len(y)
         share = min(1.0, len(y) / min(self.scored, 1_000))
         self.accuracy += share * (scored.correct(SERVED) / len(y) - self.accuracy)
@@ -241,9 +254,10 @@ class Engine:
     def _untold(self, batch: Batch, said: Answers) -> Answers:
         """Choose the records that will never have a label, where the served answer is confident."""
         rule = self.cohort.distillation
-        if batch.ids or not rule.unlabelled or self.cohort.updates < rule.burn_in:
-            return said.rows(torch.zeros(0, dtype=torch.int64))
-        return said.rows(~labelled(said.y) & (said.served.max(-1).values >= rule.confidence))
+        unknown = ~labelled(said.y)
+        if batch.ids or not rule.unlabelled or self.cohort.updates < rule.burn_in or not bool(unknown.any()):
+            return said.rows(slice(0))
+        return said.rows(unknown & (said.served.max(-1).values >= rule.confidence))
 
     def _recall(self, answers: Answers, untold: Answers) -> list[Memories]:
         """Draw the memories for each update of this batch."""
@@ -256,57 +270,52 @@ class Engine:
         """How many optimizer steps this batch is worth: more while the world is new."""
         return round(self.recall.updates * self.cohort.effort)
 
-    def _learn(self, answers: Answers, memories: list[Memories], untold: Answers) -> tuple[list[Learned], Tensor]:
+    def _learn(self, answers: Answers, memories: list[Memories], untold: Answers) -> tuple[list[Learned], list[int]]:
         """One optimizer step a peer for each draw of memories, all the records of the batch in every one of them.
 
         Returns:
-            What each update did, and `[n]` bool, the records left out because an update on one alone is not finite.
+            What each update did, and the rows left out because an update on one alone is not finite.
         """
-        classes = int(self.seen.sum())
-        if len(answers):
-            self.cohort.schedule(self.roles.teacher, classes)
         rule = self.cohort.distillation
-        x, open_x = self.inputs(answers.x), self.inputs(untold.x)
-        targets = doubted(untold.served, self.seen.to(self.device), rule.doubt)
-        faulty = torch.zeros(len(answers), dtype=torch.bool, device=x.device)
+        if len(answers):
+            self.cohort.schedule(self.roles.teacher, int(self.seen.sum()))
+        x, y = self.inputs(answers.x), answers.y
+        kept, faulty = list(range(len(answers))), list[int]()
+        open_x, targets = self.inputs(untold.x), doubted(untold.served[:, : len(self._seen)], self._seen, rule.doubt)
         learned = []
-        for drawn in memories:
-            new = (~faulty).nonzero()[:, 0]
-            recalled = self.inputs(drawn.x.to(self.device, x.dtype)) if len(drawn) else x[:0]
-            told = len(new) + len(drawn)
-            mixed, mixed_targets = interpolated(open_x, targets, rule.interpolate)
-            lesson = Lesson(
-                torch.cat([recalled, x[new], mixed]),
-                torch.cat([drawn.y.to(self.device), answers.y[new], untold.y]),
-                torch.cat(
-                    [
-                        (drawn.weights / max(1, len(drawn))).to(self.device),
-                        self._shares(len(new)),
-                        self._shares(len(untold)) * rule.unlabelled,
-                    ]
-                ),
-                torch.cat([targets.new_zeros(told, self.classes), mixed_targets]) if len(untold) else None,
-            )
+        for recalled in self._lessons(memories):
+            parts = [recalled, Lesson(x, y, _even(x))]
+            if len(untold):
+                mixed, mixed_targets = interpolated(open_x, targets, rule.interpolate)
+                parts.append(Lesson(mixed, untold.y, _even(mixed) * rule.unlabelled, mixed_targets))
             result = self.cohort.learn(
-                lesson,
-                teacher=self.roles.teacher,
-                seen=self.seen.to(self.device),
-                weights=self.served.weights,
+                joined(parts), teacher=self.roles.teacher, seen=self._seen, weights=self.served.weights
             )
-            own = [row - len(drawn) for row in result.faulty]
-            faulty[new[[row for row in own if 0 <= row < len(new)]]] = True
+            if result.faulty:
+                own = [row - len(recalled) for row in result.faulty]
+                faulty += [kept[row] for row in own if 0 <= row < len(kept)]
+                sound = [row for row in range(len(kept)) if row not in own]
+                x, y, kept = x[sound], y[sound], [kept[row] for row in sound]
             learned.append(result)
-        self.cohort.absorb(x[~faulty], answers.y[~faulty], teacher=self.roles.teacher)
+        self.cohort.absorb(x, y, teacher=self.roles.teacher)
         return learned, faulty
 
-    def _shares(self, records: int) -> Tensor:
-        return torch.full((records,), 1 / max(1, records), device=self.device)
+    def _lessons(self, memories: list[Memories]) -> list[Lesson]:
+        """Make memories ready for the models, those of all updates at once."""
+        if not memories or not len(memories[0]):
+            return [Lesson(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0)) for _ in memories]
+        x = self.inputs(torch.cat([drawn.x for drawn in memories]).to(self.device))
+        weights = torch.cat([drawn.weights / len(drawn) for drawn in memories]).to(self.device)
+        y = torch.cat([drawn.y for drawn in memories]).to(self.device)
+        sizes = [len(drawn) for drawn in memories]
+        return list(map(Lesson, *(torch.split(column, sizes) for column in (x, y, weights))))
 
     def _remember(self, answers: Answers, memories: list[Memories], learned: list[Learned]) -> None:
         """Refresh the priorities of what was recalled, then remember what was learned."""
         for drawn, result in zip(memories, learned, strict=True):
             self.replay.update(drawn.slots, result.losses[: len(drawn)].cpu())
-            self.replay.bar(drawn.slots[[row for row in result.faulty if row < len(drawn)]])
+            if result.faulty:
+                self.replay.bar(drawn.slots[[row for row in result.faulty if row < len(drawn)]])
         self.replay.add(answers.x.cpu(), answers.y.cpu())
 
     def _note(self, stage: str) -> None:
@@ -328,7 +337,8 @@ class Engine:
         faults: tuple[Fault, ...],
     ) -> Report:
         cohort, names = self.cohort, self.cohort.names
-        stepped = any(bool(result.norms.isfinite().any()) for result in learned)
+        stepped = any(isfinite(norm) for result in learned for norm in result.norms)
+        taken = together(learned) if learned else None
         return Report(
             step=self.steps,
             updates=cohort.updates,
@@ -346,10 +356,10 @@ class Engine:
             taught=taught,
             scored=scored,
             teacher=names[self.roles.teacher],
-            peers=self._peer_reports(learned),
+            peers=self._peer_reports(taken),
             alphas={(cohort.source_name(i), names[j]): value for (i, j), value in cohort.alphas.items()},
-            agreed=sum(result.agreed for result in learned),
-            compared=sum(result.compared for result in learned),
+            agreed=taken.agreed if taken else 0,
+            compared=taken.compared if taken else 0,
             drift=drifts,
             swap=None if swap is None else SwapReport(names[swap.before], names[swap.after], swap.reason),
             replay=ReplayReport(
@@ -365,35 +375,33 @@ class Engine:
             seconds=self._seconds,
         )
 
-    def _peer_reports(self, learned: list[Learned]) -> dict[str, PeerReport]:
+    def _peer_reports(self, learned: Learned | None) -> dict[str, PeerReport]:
         cohort, size = self.cohort, len(self.cohort)
-        parts = torch.zeros(5, size)
+        parts, norms = [[0.0] * 4] * size, [0.0] * size
         if learned:
-            rows = [torch.stack([r.hard, r.soft, r.total, r.divergence, r.norms.to(r.hard)]) for r in learned]
-            parts = torch.stack(rows).mean(0).cpu()
+            norms = list(learned.norms)
+            parts = torch.stack([learned.hard, learned.soft, learned.total, learned.divergence], 1).tolist()
         weights = self.served.weights.view(2, size).sum(0).tolist()
-        transferred = self.transfer.values.tolist()
+        transferred = self.transfer.values
         capacity = cohort.peers[self.roles.teacher].capacity
         return {
             peer.name: PeerReport(
                 weight=weights[i],
-                loss=float(cohort.losses[i]),
-                accuracy=float(cohort.accuracies[i]),
+                loss=cohort.losses[i],
+                accuracy=cohort.accuracies[i],
                 temperature=cohort.softness[i],
                 hard=hard,
                 soft=soft,
                 total=total,
                 divergence=divergence,
-                gradient_norm=norm,
+                gradient_norm=norms[i],
                 skipped=peer.skipped,
                 rollbacks=peer.rollbacks,
                 restarts=peer.restarts,
                 capacity_ratio=peer.capacity / capacity if peer.capacity and capacity else nan,
                 transfer_efficiency=transferred[i],
             )
-            for i, (peer, (hard, soft, total, divergence, norm)) in enumerate(
-                zip(cohort.peers, parts.T.tolist(), strict=True)
-            )
+            for i, (peer, (hard, soft, total, divergence)) in enumerate(zip(cohort.peers, parts, strict=True))
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -429,20 +437,27 @@ class Engine:
         self.inputs.load_state_dict(state["inputs"])
         self.transfer.load_state_dict(state["transfer"])
         self.seen = state["seen"]
+        self._look()
         self.steps, self.records = state["steps"], state["records"]
         self.scored, self.accuracy = state["scored"], state["accuracy"]
         chance.restore(state["chance"])
 
 
-def _faults(batch: Batch, answers: Answers, faulty: Tensor) -> tuple[Fault, ...]:
+def _faults(batch: Batch, answers: Answers, faulty: list[int]) -> tuple[Fault, ...]:
     """Tell which records no update could be made on; those that waited for their labels come first in `answers`."""
+    if not faulty:
+        return ()
     own = labelled(batch.y).nonzero()[:, 0].tolist()
     waited = len(answers) - len(own)
     return tuple(
-        Fault(own[row - waited] if row >= waited else None, answers.x[row], int(answers.y[row]))
-        for row in faulty.nonzero()[:, 0].tolist()
+        Fault(own[row - waited] if row >= waited else None, answers.x[row], int(answers.y[row])) for row in faulty
     )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def _even(x: Tensor) -> Tensor:
+    """Weigh all records alike, together 1."""
+    return torch.full((len(x),), 1 / max(1, len(x)), device=x.device)

@@ -2,8 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Array = NDArray[np.float64]
 
 SHARE = 0.1
 """By which one value may lengthen the sum of squares."""
@@ -38,36 +42,44 @@ class Standardiser:
         """Learn from the raw inputs `x` `[n, features, ...]`."""
         if not len(x):
             return
-        values = _by_feature(x).double().cpu()  # [features, m]
+        values = _by_feature(x).double().cpu().numpy()  # [features, m]; numpy is the quicker one on so little
         if not len(self.mean):
-            self.count, self.mean, self.square = values.new_zeros(3, len(values)).unbind()
-        known = torch.isfinite(values)  # an infinity in the sums would never leave them
-        values = torch.clamp(values, *self._believable())
+            self.count, self.mean, self.square = torch.zeros(3, len(values), dtype=torch.float64).unbind()
+        before, mean_before, square_before = self.count.numpy(), self.mean.numpy(), self.square.numpy()
+        known = np.isfinite(values)  # an infinity in the sums would never leave them
+        values = np.clip(values, *self._believable())
         count = known.sum(1)
-        mean = torch.where(known, values, 0).sum(1) / count.clamp(min=1)
-        square = torch.where(known, values - mean[:, None], 0).square().sum(1)
-        total = self.count + count
-        delta = mean - self.mean
-        self.mean = self.mean + delta * count / total.clamp(min=1)
-        self.square = self.square + square + delta.square() * self.count * count / total.clamp(min=1)
-        forget = (self.horizon / total.clamp(min=1)).clamp(max=1)
-        self.count, self.square = total * forget, self.square * forget
+        mean = values.sum(1, where=known) / np.maximum(count, 1)
+        square = np.square(values - mean[:, None]).sum(1, where=known)
+        total = before + count
+        delta = mean - mean_before
+        mean = mean_before + delta * count / np.maximum(total, 1)
+        square = square_before + square + delta * delta * before * count / np.maximum(total, 1)
+        forget = np.minimum(self.horizon / np.maximum(total, 1), 1)
+        self.count, self.mean, self.square = map(torch.from_numpy, (total * forget, mean, square * forget))
         self._derive()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x` standardised, clipped, and without missing values."""
         if len(self.mean):
-            shape = (1, -1) + (1,) * (x.dim() - 2)
             # Single precision comes after centring: a column of time stamps would lose its seconds before it.
-            x = (x - self._centre.view(shape).to(x)) * self._scale.view(shape).to(x)
+            centre, scale = self._shaped(x)
+            x = (x - centre) * scale
         return torch.nan_to_num(x.float(), nan=0.0).clamp(-self.clip, self.clip)
 
-    def _believable(self) -> tuple[Tensor, Tensor]:
+    def _shaped(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        like = (x.dim(), x.dtype, x.device)
+        if like not in self._ready:
+            shape = (1, -1) + (1,) * (x.dim() - 2)
+            self._ready[like] = self._centre.view(shape).to(x), self._scale.view(shape).to(x)
+        return self._ready[like]
+
+    def _believable(self) -> tuple[Array, Array]:
         """Return the least and the greatest value `[features, 1]` that the scale is learned from."""
-        longest = (self.clip**2 / self.count.clamp(min=1)).clamp(min=SHARE)
-        reach = (self.square * longest).sqrt()
-        reach = torch.where((self.count >= FEW) & (self.square > 0), reach, torch.inf)
-        return (self.mean - reach)[:, None], (self.mean + reach)[:, None]
+        count, mean, square = self.count.numpy(), self.mean.numpy(), self.square.numpy()
+        longest = np.maximum(self.clip**2 / np.maximum(count, 1), SHARE)
+        reach = np.where((count >= FEW) & (square > 0), np.sqrt(square * longest), np.inf)
+        return (mean - reach)[:, None], (mean + reach)[:, None]
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that was learned."""
@@ -79,10 +91,11 @@ class Standardiser:
         self._derive()
 
     def _derive(self) -> None:
-        variance = self.square / self.count.clamp(min=1)
+        variance = self.square.numpy() / np.maximum(self.count.numpy(), 1)
         # A feature that never varied says nothing, and must not be blown up when it first does.
-        scale = torch.where(variance > 0, variance.clamp(min=1e-24).rsqrt(), 1.0)
-        self._centre, self._scale = self.mean, scale
+        scale = np.where(variance > 0, 1 / np.sqrt(np.maximum(variance, 1e-24)), 1.0)
+        self._centre, self._scale = self.mean, torch.from_numpy(scale)
+        self._ready: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
 
 def _by_feature(x: Tensor) -> Tensor:

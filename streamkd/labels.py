@@ -1,6 +1,7 @@
 """Questions wait for their answers: predictions are scored as they were made, whenever the label comes."""
 
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,8 @@ class Answers:
     def __len__(self) -> int:
         return len(self.y)
 
-    def rows(self, rows: Tensor) -> "Answers":
-        """Return the chosen rows, `[m]` indices or `[n]` bool."""
+    def rows(self, rows: Tensor | slice) -> "Answers":
+        """Return the chosen rows: `[m]` indices, `[n]` bool, or a slice."""
         return Answers(self.x[rows], self.y[rows], self.log_p[:, rows], self.served[rows])
 
     def split(self, size: int) -> "list[Answers]":
@@ -38,7 +39,11 @@ class Answers:
         if len(self) <= size:
             return [self]
         starts = range(0, len(self), size)
-        return [self.rows(torch.arange(start, min(start + size, len(self)))) for start in starts]
+        return [self.rows(slice(start, start + size)) for start in starts]
+
+    def without(self, rows: Collection[int]) -> "Answers":
+        """Return the others."""
+        return self.rows(torch.tensor([row not in rows for row in range(len(self))])) if rows else self
 
     def to(self, device: torch.device | str) -> "Answers":
         """Return the same on a device."""

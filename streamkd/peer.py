@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from streamkd.batch import Output
 
@@ -66,17 +65,14 @@ class Peer:
         self._parameters = list(self.module.parameters())
         self.optimizer = self._make_optimizer(self._parameters)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self._average_by = ema(1 - 1 / self._horizon)
-        self.average = AveragedModel(self.module, multi_avg_fn=self._average_by)
-        self.average.requires_grad_(requires_grad=False)
-        self.average.eval()
-        self._averaged: list[Tensor] = list(self.average.module.parameters())
+        self.average = deepcopy(self.module).requires_grad_(requires_grad=False).eval()
+        self._averaged: list[Tensor] = list(self.average.parameters())
         self._current: list[Tensor] = list(self._parameters)
         self._pair_buffers()
 
     def _pair_buffers(self) -> None:
         """Note the buffers as they were after the last step, of which the average has copies, beside those in use."""
-        self._buffers = list(zip(self.average.module.buffers(), self.module.buffers(), strict=True))
+        self._buffers = list(zip(self.average.buffers(), self.module.buffers(), strict=True))
 
     @property
     def learns_by(self) -> str:
@@ -139,19 +135,38 @@ class Peer:
             rate: factor on every learning rate, for this step.
         """
         if not math.isfinite(norm):
-            self.discard()
-            self.skipped += 1
-            self.stuck += 1
+            self.skip()
             return
+        self.optimize(rate)
+        torch._foreach_lerp_(self._averaged, self._current, self.share)
+        for before, now in self._buffers:
+            before.copy_(now)
+        self.stepped()
+
+    def optimize(self, rate: float) -> None:
+        """Let the optimizer step along the gradient at hand, and throw it away."""
         for group, base in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = base * rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._follow()
+
+    def skip(self) -> None:
+        """Take no step, and count that."""
+        self.discard()
+        self.skipped += 1
+        self.stuck += 1
+
+    def stepped(self) -> None:
+        """Count a step that was taken, and keep a copy of the weights now and then."""
         self.stuck = self.futile = 0
         self.taken += 1
         if self.taken % KEEP_EVERY == 0 and _sound(weights := self.module.state_dict()):
-            self.good = deepcopy(dict(weights))
+            self.good = {name: _copy(weight) for name, weight in weights.items()}
+
+    @property
+    def share(self) -> float:
+        """Of the weights in their average after the step that is being taken."""
+        return max(1 / (self.taken + 1), 1 / self._horizon)
 
     def discard(self) -> None:
         """Throw away the gradient at hand, and what the way to it did to the buffers (batch norm's statistics)."""
@@ -162,17 +177,6 @@ class Peer:
     def shapes(self) -> dict[str, Any]:
         """Return what must be the same for a checkpoint to fit: the shape of every weight, by name."""
         return _shapes(self.module.state_dict())
-
-    def _follow(self) -> None:
-        """Let the average follow the weights, as `AveragedModel` does, but without its walk through all layers."""
-        updates = self.average.n_averaged
-        if int(updates):
-            self._average_by(self._averaged, self._current, updates)
-        else:
-            torch._foreach_copy_(self._averaged, self._current)
-        updates += 1
-        for before, now in self._buffers:
-            before.copy_(now)
 
     def state_dict(self) -> dict[str, Any]:
         """Return weights, average, optimizer and counters."""
@@ -206,17 +210,6 @@ def _switch(module: nn.Module, *, training: bool) -> None:
         module.train(training)
 
 
-def ema(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Make the update of an exponential moving average with warm-up, for `AveragedModel`."""
-
-    @torch.no_grad()
-    def update(average: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
-        share = max(1 / (int(updates) + 1), 1 - decay)
-        torch._foreach_lerp_(average, current, share)  # what torch's own averages call
-
-    return update
-
-
 def as_output(said: Any) -> Output:
     """Accept a model that returns plain logits, or logits among other things (torchvision's auxiliary outputs)."""
     if isinstance(said, Output):
@@ -240,3 +233,7 @@ def _shapes(weights: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sound(weights: Mapping[str, Any]) -> bool:
     return all(bool(weight.isfinite().all()) for weight in weights.values() if isinstance(weight, Tensor))
+
+
+def _copy(weight: Any) -> Any:
+    return weight.clone() if isinstance(weight, Tensor) else deepcopy(weight)

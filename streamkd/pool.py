@@ -1,5 +1,6 @@
 """A second opinion on the members: a product of what they say, to powers that are learned."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ class Pool:
     def __init__(self, members: int, rates: LabelRates, *, rate: float = 0.002, voices: int | None = None) -> None:
         self.rates = rates
         self.rate = rate
-        self._mute = slice(members if voices is None else voices, members)
+        self._mute = range(members if voices is None else voices, members)
         self.coefficients = torch.cat([torch.full((members,), 1 / (voices or members)), torch.zeros(len(rates))])
         self.verdict = Served(2, gamma=0.998)
 
@@ -81,12 +82,12 @@ class Pool:
         Args:
             log_p: `[members, n, classes]`, what the members say.
             mixture: `[n, classes]`, the probabilities that they come to without the pool.
-            seen: `[classes]` bool; the other classes are ruled out.
+            seen: `[classes]` bool, of the first classes; the others are ruled out.
 
         Returns:
             Log-probabilities `[members + rates + 2, n, classes]`, last of all those of the mixture and of the pool.
         """
-        rates = mask_unseen(self.rates.logits(log_p.shape[1]).to(log_p), seen).log_softmax(-1)
+        rates = mask_unseen(self.rates.logits(log_p.shape[1])[..., : len(seen)].to(log_p), seen).log_softmax(-1)
         sources = torch.cat([log_p, rates])
         both = torch.stack([mixture.clamp(min=_TINY).log(), self.answer(sources)])
         return torch.cat([sources, both]), self.verdict.answer(both)
@@ -99,10 +100,9 @@ class Pool:
         """Learn from what `serve` returned of records that turned out to be of the classes `y` `[n]`."""
         sources, both = log_p[:-2], log_p[-2:]
         self.verdict.update(both.gather(2, y[None, :, None].expand(2, -1, 1))[..., 0])
-        opinions = self._heard(sources)
-        error = -self._pooled(opinions, sources).exp()
+        error = -both[1].exp()
         error[torch.arange(len(y), device=y.device), y] += 1
-        gradient = torch.einsum("snc,nc->s", opinions, error).cpu()
+        gradient = (self._heard(sources).flatten(1) @ error.flatten()).cpu()
         self.coefficients = self.coefficients + self.rate * min(1, STRIDE / max(1, len(y))) * gradient
         self.rates.update(y)
 
@@ -112,14 +112,18 @@ class Pool:
 
     def _heard(self, log_p: Tensor) -> Tensor:
         """Opinions, none of them below the faintest; who says anything that is not a number has none."""
-        sound = log_p.isnan().flatten(1).any(1).logical_not()
-        sound[self._mute] = False
-        return torch.where(sound[:, None, None], log_p.clamp(min=FAINTEST, max=0.0), 0.0)
+        opinions = log_p.clamp(min=FAINTEST, max=0.0)
+        unheard = list(self._mute)
+        if math.isnan(float(opinions.sum())):
+            unheard += opinions.isnan().flatten(1).any(1).nonzero()[:, 0].tolist()
+        if unheard:
+            opinions[unheard] = 0.0
+        return opinions
 
     def _pooled(self, opinions: Tensor, log_p: Tensor) -> Tensor:
-        logits = torch.einsum("s,snc->nc", self.coefficients.to(opinions), opinions)
+        logits = (self.coefficients.to(opinions) @ opinions.flatten(1)).view(opinions.shape[1:])
         # A class that was never seen stays impossible, whatever is left of it above.
-        return logits.masked_fill((log_p <= UNSEEN / 2).any(0), UNSEEN).log_softmax(-1)
+        return logits.masked_fill(log_p.amin(0) <= UNSEEN / 2, UNSEEN).log_softmax(-1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the coefficients, the label rates, and what decides between pool and mixture."""

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_EVIDENCE = ("mass", "gains", "correct", "squares")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +67,22 @@ class Election:
         self.teacher = 0
         self.in_office = 0
         self.since_election = 0
-        self.mass = torch.zeros(2, dtype=torch.float64)  # sums of the weights and of their squares
-        self.gains = torch.zeros(peers, dtype=torch.float64)
-        self.correct = torch.zeros(peers, dtype=torch.float64)
-        self.squares = torch.zeros(peers, peers, dtype=torch.float64)  # of the differences between two peers' gains
+        self.mass = np.zeros(2)  # sums of the weights and of their squares
+        self.gains = np.zeros(peers)
+        self.correct = np.zeros(peers)
+        self.squares = np.zeros((peers, peers))  # of the differences between two peers' gains
 
     def update(self, log_p: Tensor, correct: Tensor) -> None:
         """Take in what `[peers, n]` log-probability each gave to the truth, and whether it was right."""
         n = log_p.shape[1]
-        weights = self.gamma ** torch.arange(n - 1, -1, -1, dtype=torch.float64)
+        weights = self.gamma ** np.arange(n - 1, -1, -1, dtype=np.float64)
         past = self.gamma**n
-        gains = log_p.double().cpu()
-        differences = gains[:, None] - gains[None]
-        self.mass = torch.tensor([past, past**2]) * self.mass + torch.stack([weights.sum(), weights.square().sum()])
+        gains, right = log_p.double().cpu().numpy(), correct.double().cpu().numpy()
+        differences = gains[:, None] - gains
+        self.mass = past ** np.arange(1, 3) * self.mass + [weights.sum(), np.square(weights).sum()]
         self.gains = past * self.gains + gains @ weights
-        self.correct = past * self.correct + correct.double().cpu() @ weights
-        self.squares = past * self.squares + differences.square() @ weights
+        self.correct = past * self.correct + right @ weights
+        self.squares = past * self.squares + np.square(differences) @ weights
 
     def elect(self, updates: int, *, drifting: bool, at_once: bool = False) -> Swap | None:
         """Let `updates` more optimizer steps have passed; return the swap, if there is one.
@@ -107,7 +110,7 @@ class Election:
         candidates[self.teacher] = False
         if self.rule == "never" or not bool(candidates.any()) or not float(self.mass[0]):
             return None
-        best = int(torch.where(candidates, self.gains, float("-inf")).argmax())
+        best = int(np.where(candidates, self.gains, -np.inf).argmax())
         if self.rule == "mission":
             return best
         mean = float((self.gains[best] - self.gains[self.teacher]) / self.mass[0])
@@ -123,13 +126,10 @@ class Election:
             "teacher": self.teacher,
             "in_office": self.in_office,
             "since_election": self.since_election,
-            "mass": self.mass,
-            "gains": self.gains,
-            "correct": self.correct,
-            "squares": self.squares,
+            **{name: torch.from_numpy(getattr(self, name)) for name in _EVIDENCE},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         for name, value in state.items():
-            setattr(self, name, value)
+            setattr(self, name, value.numpy() if name in _EVIDENCE else value)

@@ -1,5 +1,6 @@
 """The served answer: all members asked, those believed that were right of late."""
 
+import math
 from typing import Any
 
 import torch
@@ -39,14 +40,13 @@ class Served:
         self.drift_batches = drift_batches
         self.floor = floor
         self.voices = members if averages else members // 2
-        self.scores = torch.zeros(members, dtype=torch.float64)
         self.alert = 0  # batches for which the shorter memory is still in force
+        self._score(torch.zeros(members, dtype=torch.float64))
 
-    @property
-    def weights(self) -> Tensor:
-        """`[members]`, adding up to 1."""
-        weights = (1 - self.floor) * self.scores[: self.voices].softmax(0) + self.floor / self.voices
-        return functional.pad(weights, (0, len(self.scores) - self.voices))
+    def _score(self, scores: Tensor) -> None:
+        self.scores = scores
+        weights = (1 - self.floor) * scores[: self.voices].softmax(0) + self.floor / self.voices
+        self.weights = functional.pad(weights, (0, len(scores) - self.voices))  # adding up to 1
 
     def answer(self, log_p: Tensor) -> Tensor:
         """Mix the members' log-probabilities `[members, n, classes]` into the served probabilities `[n, classes]`.
@@ -54,22 +54,23 @@ class Served:
         A member that says anything not finite weighs nothing; if none is left, every class is as likely.
         """
         p = log_p.exp()
+        answer = _mixed(self.weights, p)
+        if math.isfinite(float(answer.sum())):
+            return answer
         sound = p.isfinite().flatten(1).all(1)
-        if bool(sound.all()):
-            return torch.einsum("m,mnc->nc", self.weights.to(p), p)
         if not bool(sound.any()):
             return torch.full_like(p[0], 1 / p.shape[-1])
         heard = sound.cpu()
         weights = self.weights[heard]
         if not float(weights.sum()):  # without a floor, those who broke down may have had all of it
             weights = self.scores[heard].softmax(0)
-        return torch.einsum("m,mnc->nc", (weights / weights.sum()).to(p), p[sound])
+        return _mixed(weights / weights.sum(), p[sound])
 
     def update(self, log_p: Tensor) -> None:
         """Learn from the log-probabilities `[members, n]` that each gave to what turned out to be true."""
         gamma = self.gamma_drift if self.alert else self.gamma
         gains = log_p.double().nan_to_num(float("-inf")).clamp(min=LOG_FLOOR).sum(1)
-        self.scores = gamma ** log_p.shape[1] * self.scores + gains.cpu()
+        self._score(gamma ** log_p.shape[1] * self.scores + gains.cpu())
         self.alert = max(0, self.alert - 1)
 
     def shorten(self) -> None:
@@ -82,4 +83,10 @@ class Served:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self.scores, self.alert = state["scores"], state["alert"]
+        self._score(state["scores"])
+        self.alert = state["alert"]
+
+
+def _mixed(weights: Tensor, p: Tensor) -> Tensor:
+    """Add up `[members, n, classes]`, each with its weight; einsum does the same at ten times the overhead."""
+    return (weights.to(p) @ p.flatten(1)).view(p.shape[1:])

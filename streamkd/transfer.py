@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 TINY = 1e-6
 """A teacher of less entropy than this, in nats, is taken for one that always answers the same."""
@@ -23,41 +24,41 @@ class TransferEfficiency:
 
     def __init__(self, peers: int, gamma: float = 0.998) -> None:
         self.gamma = gamma
-        self.tables = torch.zeros(peers, 2, 2)  # [student, teacher's answer, student's answer]
+        self.tables = np.zeros((peers, 2, 2))  # [student, teacher's answer, student's answer]
         self.teacher = 0
 
     def update(self, answers: Tensor, teacher: int) -> None:
         """Take in the answers `[peers, n]` (class indices); a new teacher starts a new table."""
         if teacher != self.teacher:
             self.teacher = teacher
-            self.tables.zero_()
-        answers = answers.cpu()
-        wider = int(answers.max()) + 1 - self.tables.shape[1] if answers.numel() else 0
+            self.tables = np.zeros_like(self.tables)
+        said = answers.cpu().numpy()
+        wider = int(said.max()) + 1 - self.tables.shape[1] if said.size else 0
         if wider > 0:  # a class that was never answered before
-            self.tables = functional.pad(self.tables, (0, wider, 0, wider))
+            self.tables = np.pad(self.tables, ((0, 0), (0, wider), (0, wider)))
         peers, classes, _ = self.tables.shape
-        cells = torch.arange(peers)[:, None] * classes**2 + answers[teacher] * classes + answers
-        self.tables *= self.gamma ** answers.shape[1]
-        self.tables.view(-1).index_add_(0, cells.flatten(), torch.ones(cells.numel()))
+        cells = np.arange(peers)[:, None] * classes**2 + said[teacher] * classes + said
+        new = np.bincount(cells.ravel(), minlength=self.tables.size).reshape(self.tables.shape)
+        self.tables = self.gamma ** said.shape[1] * self.tables + new
 
     @property
-    def values(self) -> Tensor:
-        """`[peers]`, between 0 and 1; the teacher's own is 1 where its answers vary."""
-        joint = self.tables / self.tables.sum((1, 2), keepdim=True).clamp(min=1e-12)
-        teacher, student = joint.sum(2), joint.sum(1)
-        entropy = _entropy(teacher)
-        information = entropy + _entropy(student) - _entropy(joint.flatten(1))
-        return torch.where(entropy > TINY, information / entropy.clamp(min=TINY), 0.0).clamp(0, 1)
+    def values(self) -> list[float]:
+        """One a peer, between 0 and 1; the teacher's own is 1 where its answers vary."""
+        joint = self.tables / np.maximum(self.tables.sum((1, 2), keepdims=True), 1e-12)
+        entropy = _entropy(joint.sum(2))
+        information = entropy + _entropy(joint.sum(1)) - _entropy(joint.reshape(len(joint), -1))
+        shares: list[float] = np.where(entropy > TINY, information / np.maximum(entropy, TINY), 0.0).clip(0, 1).tolist()
+        return shares
 
     def state_dict(self) -> dict[str, Any]:
         """Return the table."""
-        return {"tables": self.tables, "teacher": self.teacher}
+        return {"tables": torch.from_numpy(self.tables), "teacher": self.teacher}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self.tables, self.teacher = state["tables"].clone(), state["teacher"]
+        self.tables, self.teacher = state["tables"].numpy(), state["teacher"]
 
 
-def _entropy(p: Tensor) -> Tensor:
-    entropies: Tensor = torch.special.entr(p).sum(-1)
+def _entropy(p: NDArray[np.float64]) -> NDArray[np.float64]:
+    entropies: NDArray[np.float64] = -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
     return entropies

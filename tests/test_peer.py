@@ -77,7 +77,7 @@ def test_buffers_are_copied_into_the_average_and_not_averaged() -> None:
     one = peer(build=with_buffers)
     for update in range(5):
         learn(one, update)
-    theirs, ours = dict(one.average.module.named_buffers()), dict(one.module.named_buffers())
+    theirs, ours = dict(one.average.named_buffers()), dict(one.module.named_buffers())
     assert int(ours["1.num_batches_tracked"]) == 5
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
     assert not torch.allclose(flat(one.average), flat(one.module))

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from worlds import CLASSES, Droopy, batches, stored
 
 from streamkd import UNLABELLED, Batch, Distillation, DriftWatch, Engine, Peer, ReplayBuffer
-from streamkd.cohort import STUCK, Lesson
+from streamkd.cohort import STUCK
 from streamkd.drift import never
 from streamkd.inputs import Raw
+from streamkd.lesson import Lesson
 from streamkd.models import mlp
 from streamkd.peer import KEEP_EVERY
 

@@ -1,0 +1,144 @@
+"""What one update learns from, and what it did."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from streamkd.batch import labelled
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Lesson:
+    """What one update learns from.
+
+    Attributes:
+        x: `[m, ...]`, ready for the models.
+        y: `[m]`, class indices, or `UNLABELLED`.
+        weights: `[m]`.
+        targets: `[m, classes met]`, probabilities, for examples without a label; rows of the others are passed over.
+            None where every example has a label.
+    """
+
+    x: Tensor
+    y: Tensor
+    weights: Tensor
+    targets: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def rows(self, rows: Sequence[int]) -> "Lesson":
+        """Return the chosen examples."""
+        index = torch.tensor(rows, device=self.y.device)
+        targets = None if self.targets is None else self.targets[index]
+        return Lesson(self.x[index], self.y[index], self.weights[index], targets)
+
+
+def joined(parts: Sequence[Lesson]) -> Lesson:
+    """Put lessons one after the other; in those without targets every example has a label."""
+    parts = [part for part in parts if len(part)]
+    if len(parts) == 1:
+        return parts[0]
+    wanted = [part.targets for part in parts if part.targets is not None]
+    return Lesson(
+        torch.cat([part.x for part in parts]),
+        torch.cat([part.y for part in parts]),
+        torch.cat([part.weights for part in parts]),
+        torch.cat(
+            [
+                wanted[0].new_zeros(len(part), wanted[0].shape[1]) if part.targets is None else part.targets
+                for part in parts
+            ]
+        )
+        if wanted
+        else None,
+    )
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Learned:
+    """What one update did, or several.
+
+    Attributes:
+        lesson: what it learned from.
+        losses: `[m]`, hard loss of each example, the mean over peers, before the step; NaN for one at fault.
+        hard_losses: `[peers, m]`, likewise, of those that were learned.
+        soft_losses: `[peers, m]`, weighted distillation, as it is before it is capped.
+        divergences: `[peers, m]`, distillation loss from the teachers, unweighted.
+        answers: `[peers, m]`, class indices.
+        betas: `[peers, 1]`, the weight of the labels.
+        norms: one a peer, of the gradient before clipping; NaN where the loss is not finite.
+        faulty: rows of examples that were left out, because an update on one of them alone is not finite.
+        updates: how many.
+    """
+
+    lesson: Lesson
+    losses: Tensor
+    hard_losses: Tensor
+    soft_losses: Tensor
+    divergences: Tensor
+    answers: Tensor
+    betas: Tensor
+    norms: Sequence[float]
+    faulty: tuple[int, ...] = ()
+    updates: int = 1
+
+    @property
+    def finite(self) -> bool:
+        """Whether every peer has a gradient to step along."""
+        return all(map(isfinite, self.norms))
+
+    @property
+    def hard(self) -> Tensor:
+        """`[peers]`, mean hard loss."""
+        return self.hard_losses.sum(1) / labelled(self.lesson.y).sum().clamp(min=1)
+
+    @property
+    def soft(self) -> Tensor:
+        """`[peers]`, mean weighted distillation."""
+        return self.soft_losses.mean(1)
+
+    @property
+    def divergence(self) -> Tensor:
+        """`[peers]`, mean distillation loss, unweighted."""
+        return self.divergences.mean(1)
+
+    @property
+    def total(self) -> Tensor:
+        """`[peers]`, the sum that was minimised, as it is before distillation is capped."""
+        return (self.betas * self.hard_losses + self.soft_losses) @ self.lesson.weights / self.updates
+
+    @property
+    def compared(self) -> int:
+        """Pairs of peers whose answers to a record were compared."""
+        peers, examples = self.answers.shape
+        return examples * peers * (peers - 1) // 2
+
+    @property
+    def agreed(self) -> int:
+        """Pairs of them that gave the same answer."""
+        return (int((self.answers[:, None] == self.answers).sum()) - self.answers.numel()) // 2
+
+
+def together(learned: Sequence[Learned]) -> Learned:
+    """Tell of several updates as of one; norms are the means."""
+    if len(learned) == 1:
+        return learned[0]
+    return Learned(
+        Lesson(
+            learned[0].lesson.x[:0],
+            torch.cat([one.lesson.y for one in learned]),
+            torch.cat([one.lesson.weights for one in learned]),
+        ),
+        losses=torch.cat([one.losses for one in learned]),
+        hard_losses=torch.cat([one.hard_losses for one in learned], 1),
+        soft_losses=torch.cat([one.soft_losses for one in learned], 1),
+        divergences=torch.cat([one.divergences for one in learned], 1),
+        answers=torch.cat([one.answers for one in learned], 1),
+        betas=learned[-1].betas,
+        norms=[sum(norms) / len(learned) for norms in zip(*(one.norms for one in learned), strict=True)],
+        updates=len(learned),
+    )
