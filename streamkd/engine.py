@@ -281,7 +281,10 @@ class Engine:
             self.cohort.schedule(self.roles.teacher, int(self.seen.sum()))
         x, y = self.inputs(answers.x), answers.y
         kept, faulty = list(range(len(answers))), list[int]()
-        open_x, targets = self.inputs(untold.x), doubted(untold.served[:, : len(self._seen)], self._seen, rule.doubt)
+        open_x = targets = x[:0]
+        if len(untold):
+            open_x = self.inputs(untold.x)
+            targets = doubted(untold.served[:, : len(self._seen)], self._seen, rule.doubt)
         learned = []
         for recalled in self._lessons(memories):
             parts = [recalled, Lesson(x, y, _even(x))]
@@ -312,8 +315,10 @@ class Engine:
 
     def _remember(self, answers: Answers, memories: list[Memories], learned: list[Learned]) -> None:
         """Refresh the priorities of what was recalled, then remember what was learned."""
+        if learned and len(memories[0]):
+            losses = [result.losses[: len(drawn)] for drawn, result in zip(memories, learned, strict=True)]
+            self.replay.update(torch.cat([drawn.slots for drawn in memories]), torch.cat(losses).cpu())
         for drawn, result in zip(memories, learned, strict=True):
-            self.replay.update(drawn.slots, result.losses[: len(drawn)].cpu())
             if result.faulty:
                 self.replay.bar(drawn.slots[[row for row in result.faulty if row < len(drawn)]])
         self.replay.add(answers.x.cpu(), answers.y.cpu())

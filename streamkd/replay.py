@@ -4,8 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from streamkd.sums import Totals
 
 Evict = Callable[["ReplayBuffer", int], Tensor]
 """Chooses the slots that `n` new records take; a slot of -1 turns a record away."""
@@ -100,6 +103,8 @@ class ReplayBuffer:
         self.since_drift = 0
         self.ceiling = 0.0
         self.priorities = torch.zeros(capacity)
+        self._mass = Totals(capacity)  # priority ** alpha, in proportion to which records are drawn
+        self._peaks = Totals(capacity, np.maximum)  # priorities
         self.births = torch.zeros(capacity, dtype=torch.int64)
         self._x: Tensor | None = None
         self._y = torch.zeros(capacity, dtype=torch.int64)
@@ -119,7 +124,7 @@ class ReplayBuffer:
             return
         if self._x is None:
             self._x = x.new_zeros(self.capacity, *x.shape[1:])
-        highest = (float(self.priorities[: self.size].max()) if self.size else 0.0) or 1.0
+        highest = self.highest or 1.0
         for start in range(0, len(y), self.capacity):
             self._add(x[start : start + self.capacity], y[start : start + self.capacity], highest)
 
@@ -130,7 +135,8 @@ class ReplayBuffer:
         slots = slots[kept]
         memory = torch.as_tensor(self._x)
         memory[slots], self._y[slots] = x[kept].to(memory), y[kept].cpu()
-        self.priorities[slots], self.births[slots] = priority, births[kept]
+        self._prioritise(slots, torch.full((len(slots),), priority))
+        self.births[slots] = births[kept]
         self.added += len(y)
         self.since_drift += len(y)
         self.size = min(self.added, self.capacity)
@@ -140,15 +146,53 @@ class ReplayBuffer:
         if not self.size or self._x is None or n == 0:
             none = torch.zeros(0, dtype=torch.int64)
             return Memories(none, torch.zeros(0), none, torch.zeros(0), none)
-        mass = torch.where(self.priorities[: self.size] > 0, self.priorities[: self.size] ** self.alpha, 0.0)
-        if window is not None and window < self.size:
-            mass = mass * (self.births[: self.size] >= self.added - window)
-        if not bool(mass.any()):  # a reservoir may hold nothing so young
+        slots = self._draw(n, min(window or self.size, self.size))
+        if not len(slots):
             return self.sample(0)
-        slots = torch.multinomial(mass, n, replacement=True, generator=self.generator)
-        weights = mass[slots] ** -self.beta  # N and the sum of the masses cancel in the next line
+        weights = self._mass[slots.numpy()] ** -self.beta  # N and the sum of the masses cancel in the next line
         ages = self.added - self.births[slots]
-        return Memories(slots, self._x[slots], self._y[slots], weights / weights.max(), ages)
+        return Memories(slots, self._x[slots], self._y[slots], torch.from_numpy(weights / weights.max()).float(), ages)
+
+    def _draw(self, n: int, window: int) -> Tensor:
+        """Draw slots `[n]` of the latest `window` records, in proportion to their mass; none if they have none."""
+        if window < self.size and self.evict is not ring:
+            return self._draw_young(n, window)
+        start, first = 0, 0.0
+        total = everything = self._mass.total
+        if window < self.size:  # the latest records lie in a row, which may go over the end of the buffer
+            start = (self.added - window) % self.capacity
+            first, end = self._mass.before(start), start + window
+            total = (
+                self._mass.before(end) if end <= self.capacity else everything + self._mass.before(end - self.capacity)
+            )
+            total -= first
+        if total <= 0:
+            return torch.zeros(0, dtype=torch.int64)
+        depths = first + total * torch.rand(n, generator=self.generator, dtype=torch.float64).numpy()
+        slots = self._mass.find(np.where(depths < everything, depths, depths - everything))
+        inside = (slots - start) % self.capacity < window
+        if not inside.all():  # by rounding, once in a very long while
+            slots = np.where(inside, slots, slots[inside.argmax()])
+        return torch.from_numpy(slots)
+
+    def _draw_young(self, n: int, window: int) -> Tensor:
+        """Likewise where the latest records lie anywhere; a reservoir may hold none so young."""
+        mass = torch.from_numpy(self._mass[np.arange(self.size)])
+        mass = mass * (self.births[: self.size] >= self.added - window)
+        drawn = n if bool(mass.any()) else 0
+        return torch.multinomial(mass, drawn, replacement=True, generator=self.generator) if drawn else mass[:0].long()
+
+    @property
+    def highest(self) -> float:
+        """The highest priority in the buffer."""
+        return self._peaks.total
+
+    def _prioritise(self, slots: Tensor, priorities: Tensor) -> None:
+        self.priorities[slots] = priorities
+        # Read back, for a slot that came twice has one of its two values.
+        places, values = slots.numpy(), self.priorities[slots].double().numpy()
+        self._peaks[places] = values
+        self._mass[places] = np.where(values > 0, values**self.alpha, 0.0)
 
     def update(self, slots: Tensor, losses: Tensor) -> None:
         """Refresh the priorities of what was recalled with the losses `[m]` it just had."""
@@ -156,13 +200,14 @@ class ReplayBuffer:
             return
         raw = losses.nan_to_num(0.0, posinf=0.0) + 1e-3  # never zero: every record can be drawn again
         # A running quantile by stochastic steps in proportion to the typical loss: no sorting, no window.
-        above = float((raw > self.ceiling).float().mean())
-        self.ceiling = max(self.ceiling + float(raw.mean()) * 0.5 * (above - (1 - self.cap)), 1e-3)
-        self.priorities[slots] = raw.clamp(max=self.ceiling)
+        values = raw.numpy()
+        above = float((values > self.ceiling).mean())
+        self.ceiling = max(self.ceiling + float(values.mean()) * 0.5 * (above - (1 - self.cap)), 1e-3)
+        self._prioritise(slots, raw.clamp(max=self.ceiling))
 
     def bar(self, slots: Tensor) -> None:
         """Never draw these records again: they break the peers."""
-        self.priorities[slots] = 0.0
+        self._prioritise(slots, torch.zeros(len(slots)))
 
     def forget_schedule(self) -> None:
         """Start the annealing of the importance weights again: the world has changed."""
@@ -188,7 +233,7 @@ class ReplayBuffer:
             self._x = state["x"].new_zeros(self.capacity, *state["x"].shape[1:])
             self._x[: self.size] = state["x"]
         self._y[: self.size] = state["y"]
-        self.priorities[: self.size] = state["priorities"]
+        self._prioritise(torch.arange(self.size), state["priorities"])
         self.births[: self.size] = state["births"]
         self.added, self.since_drift, self.ceiling = state["added"], state["since_drift"], state["ceiling"]
         self.generator.set_state(state["generator"])
