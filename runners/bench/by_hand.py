@@ -1,0 +1,221 @@
+"""What the default cohort computes, written by hand with nothing around it: what `bench overhead` holds the engine to.
+
+No scaling of inputs, no schedules, no scores, no detector, no roles, no report: records in, answers and updates out.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+MEMORIES = 2_000
+DRAWN = 32
+UPDATES = 2
+CLIP = 2.0
+DECAY = 0.95
+ALPHA = 0.5
+
+
+class Learners(Protocol):
+    """Three networks and their averages."""
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Logits of all six, `[6, n, classes]`."""
+
+    def learn(self, x: Tensor) -> Tensor:
+        """Logits of the three, with a gradient."""
+
+    def step(self) -> None:
+        """Clip, step, average."""
+
+
+class Memory:
+    """A ring of the latest records, drawn from in proportion to the loss they had."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.x, self.y = torch.zeros(MEMORIES, *shape), torch.zeros(MEMORIES, dtype=torch.int64)
+        self.priorities = torch.zeros(MEMORIES)
+        self.added = 0
+
+    def draw(self, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return slots, records, labels and importance weights."""
+        mass = self.priorities[: min(self.added, MEMORIES)] ** 0.6
+        slots = torch.multinomial(mass, n, replacement=True)
+        weights = mass[slots] ** -0.5
+        return slots, self.x[slots], self.y[slots], weights / weights.max()
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Remember, at the highest priority."""
+        slots = (self.added + torch.arange(len(y))) % MEMORIES
+        self.x[slots], self.y[slots] = x, y
+        self.priorities[slots] = float(self.priorities.max()) or 1.0
+        self.added += len(y)
+
+
+class ByHand:
+    """Predict, draw, learn: the first network teaches the others where it is closer to the label, capped."""
+
+    def __init__(self, learners: Learners, shape: Sequence[int]) -> None:
+        self.learners = learners
+        self.memory = Memory(shape)
+        self.weights = torch.full((6,), 1 / 6)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """One batch; returns the served probabilities."""
+        with torch.no_grad():
+            p = self.learners.predict(x).softmax(-1)
+            served = (self.weights @ p.flatten(1)).view(p.shape[1:])
+        if not self.memory.added:
+            self.memory.add(x, y)
+        slots, old_x, old_y, weights = self.memory.draw(UPDATES * DRAWN)
+        even = torch.full((len(y),), 1 / len(y))
+        losses = []
+        for part in torch.arange(UPDATES * DRAWN).split(DRAWN):
+            xs, ys = torch.cat([old_x[part], x]), torch.cat([old_y[part], y])
+            losses.append(self._update(xs, ys, torch.cat([weights[part] / DRAWN, even]))[:DRAWN])
+        self.memory.priorities[slots] = torch.cat(losses) + 1e-3
+        self.memory.add(x, y)
+        return served
+
+    def _update(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        logits = self.learners.learn(x)
+        leaf = logits.detach()
+        log_p = leaf.log_softmax(-1)
+        index = y.expand(len(leaf), -1)[..., None]
+        hard = -log_p.gather(-1, index)[..., 0]
+        gradient = log_p.exp().scatter_add(-1, index, torch.full(index.shape, -1.0))
+        students = leaf[1:].requires_grad_()
+        kd = functional.kl_div(
+            students.log_softmax(-1), log_p[:1].expand_as(students), reduction="none", log_target=True
+        )
+        taught = ALPHA * (hard[:1] < hard[1:]) * kd.sum(-1)
+        (soft,) = torch.autograd.grad(taught.sum(), students)
+        room = gradient[1:].norm(dim=-1) / soft.norm(dim=-1).clamp(min=1e-12)
+        gradient[1:] += soft * room.clamp(max=1.0)[..., None]
+        logits.backward(gradient * weights[:, None])  # type: ignore[no-untyped-call]
+        self.learners.step()
+        return hard.mean(0)
+
+
+class Stacked:
+    """Perceptrons with layer norm, of one shape: one batched product a layer, one operation a step."""
+
+    def __init__(self, models: Sequence[nn.Module], rates: Sequence[float]) -> None:
+        vectors = torch.stack([nn.utils.parameters_to_vector(model.parameters()).detach() for model in models])
+        self.flat = torch.cat([vectors, vectors])
+        self.shapes = [parameter.shape for parameter in models[0].parameters()]
+        self.current = [part.requires_grad_() for part in self._cut(self.flat[: len(models)])]
+        self.all = self._cut(self.flat)
+        self.rates = torch.tensor(rates)[:, None]
+
+    def _cut(self, rows: Tensor) -> list[Tensor]:
+        parts = torch.split(rows, [shape.numel() for shape in self.shapes], dim=1)
+        shaped = [part.view(len(rows), *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+        return [part[:, None] if part.dim() < len(("peers", "out", "in")) else part for part in shaped]
+
+    def predict(self, x: Tensor) -> Tensor:
+        """See `Learners`."""
+        return self._forward(self.all, x)
+
+    def learn(self, x: Tensor) -> Tensor:
+        """See `Learners`."""
+        return self._forward(self.current, x)
+
+    def _forward(self, weights: Sequence[Tensor], x: Tensor) -> Tensor:
+        x = x.expand(len(weights[0]), *x.shape)
+        *hidden, last, bias = weights
+        for start in range(0, len(hidden), 4):
+            weight, shift, scale, offset = hidden[start : start + 4]
+            x = torch.baddbmm(shift, x, weight.transpose(1, 2))
+            x = torch.addcmul(offset, functional.layer_norm(x, x.shape[-1:]), scale).relu()
+        return torch.baddbmm(bias, x, last.transpose(1, 2))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """See `Learners`."""
+        size = len(self.rates)
+        gradient = torch.cat([torch.as_tensor(part.grad).flatten(1) for part in self.current], 1)
+        for part in self.current:
+            part.grad = None
+        gradient *= (CLIP / gradient.norm(dim=1, keepdim=True)).clamp(max=1)
+        self.flat[:size].addcmul_(gradient, self.rates, value=-1)
+        self.flat[size:].lerp_(self.flat[:size], 1 - DECAY)
+
+
+class Separate:
+    """Any networks, one after the other, each with an optimizer of its own."""
+
+    def __init__(self, models: Sequence[nn.Module], rates: Sequence[float]) -> None:
+        self.models = [deepcopy(model) for model in models]
+        self.averages = [deepcopy(model).requires_grad_(requires_grad=False) for model in models]
+        self.optimizers = [
+            torch.optim.SGD(model.parameters(), lr=rate) for model, rate in zip(self.models, rates, strict=True)
+        ]
+
+    def predict(self, x: Tensor) -> Tensor:
+        """See `Learners`."""
+        return torch.stack([model(x) for model in [*self.models, *self.averages]])
+
+    def learn(self, x: Tensor) -> Tensor:
+        """See `Learners`."""
+        return torch.stack([model(x) for model in self.models])
+
+    def step(self) -> None:
+        """See `Learners`."""
+        for model, average, optimizer in zip(self.models, self.averages, self.optimizers, strict=True):
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - DECAY)
+
+
+class Plain:
+    """The loop that one would write without streamkd: torch's modules, losses, optimizers and averages as they come."""
+
+    def __init__(self, build: Callable[[], nn.Module], rates: Sequence[float], shape: Sequence[int]) -> None:
+        self.models = [build() for _ in rates]
+        self.averages = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY)) for model in self.models]
+        self.optimizers = [
+            torch.optim.SGD(model.parameters(), lr=rate) for model, rate in zip(self.models, rates, strict=True)
+        ]
+        self.memory = Memory(shape)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """One batch; returns the mean answer."""
+        with torch.no_grad():
+            served = torch.stack([model(x).softmax(-1) for model in [*self.models, *self.averages]]).mean(0)
+        if not self.memory.added:
+            self.memory.add(x, y)
+        for _ in range(UPDATES):
+            slots, old_x, old_y, weights = self.memory.draw(DRAWN)
+            self.memory.priorities[slots] = self._update(
+                torch.cat([old_x, x]),
+                torch.cat([old_y, y]),
+                torch.cat([weights / DRAWN, torch.full((len(y),), 1 / len(y))]),
+            )[:DRAWN]
+        self.memory.add(x, y)
+        return served
+
+    def _update(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        logits = [model(x) for model in self.models]
+        teacher = logits[0].detach().log_softmax(-1)
+        losses = []
+        for index, (model, average, optimizer) in enumerate(
+            zip(self.models, self.averages, self.optimizers, strict=True)
+        ):
+            hard = functional.cross_entropy(logits[index], y, reduction="none")
+            loss = (weights * hard).sum()
+            if index:
+                student = logits[index].log_softmax(-1)
+                loss = loss + ALPHA * functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            average.update_parameters(model)
+            losses.append(hard.detach())
+        return torch.stack(losses).mean(0) + 1e-3

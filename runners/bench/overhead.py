@@ -1,0 +1,130 @@
+"""`streamkd bench overhead`: what the engine costs above the arithmetic, and below the loop one would write oneself."""
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle, permutations
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from monitoring.metrics import Metrics
+from runners.bench import by_hand
+from runners.bench.pairs import Ratio, in_turn, ratio, write
+from runners.settings import load
+from streamkd import Batch, Engine
+from streamkd.config import build_engine
+from streamkd.models import cnn, mlp
+
+FEATURES, CLASSES = 33, 6
+IMAGE = (1, 28, 28)
+RATES = (0.3, 0.1, 0.03)
+
+
+def main(*, rounds: int, json_to: Path | None, console: Console) -> None:
+    """Time the engine beside loops by hand, and print the ratios."""
+    tables = small(rounds)
+    found = {
+        "engine over the bare loop, batch 16, small networks": tables["bare"],
+        "engine over a plain loop, batch 16, small networks": tables["plain"],
+        "engine over the bare loop, batch 32, convolutional networks on 28x28": images(max(3, rounds // 4)),
+    }
+    share = watching(rounds)
+    made = Table("", "ratio", "a quarter of the rounds below, above", box=None, pad_edge=False)
+    for name, one in found.items():
+        made.add_row(name, f"{one.median:.2f}", f"{one.low:.2f}, {one.high:.2f}")
+    console.print(made)
+    console.print(f"metrics, as a share of a step: {100 * share.median:.1f} %")
+    console.print(f"{rounds} rounds, each in turn; {torch.get_num_threads()} threads")
+    write(
+        json_to,
+        {
+            "ratio": tables["bare"].median,
+            "plain": tables["plain"].median,
+            "images": found["engine over the bare loop, batch 32, convolutional networks on 28x28"].median,
+            "metrics_share": share.median,
+            "rounds": rounds,
+        },
+    )
+
+
+def small(rounds: int) -> dict[str, Ratio]:
+    """Hold the shipped default to the loops by hand, on a table."""
+    stream = cycle(table(200, 16))
+    build = partial(mlp, (FEATURES,), CLASSES, widths=(128, 64), layer_norm=True)
+    models = [build() for _ in RATES]
+    bare = by_hand.ByHand(by_hand.Stacked(models, RATES), (FEATURES,))
+    plain = by_hand.Plain(build, RATES, (FEATURES,))
+    taken = in_turn(
+        {
+            "engine": stepping(engine((FEATURES,)), table(200, 16)),
+            "bare": lambda: bare(*next(stream)),
+            "plain": lambda: plain(*next(stream)),
+        },
+        rounds=rounds,
+        each=50,
+        warm_up=150,
+    )
+    return {name: ratio(taken["engine"], taken[name]) for name in ("bare", "plain")}
+
+
+def images(rounds: int) -> Ratio:
+    """Hold the default with convolutional peers to a loop by hand, on images."""
+    pictures = [(torch.rand(32, *IMAGE), torch.randint(0, CLASSES, (32,))) for _ in range(8)]
+    models: list[nn.Module] = [cnn(IMAGE, CLASSES) for _ in RATES]
+    bare = by_hand.ByHand(by_hand.Separate(models, RATES), IMAGE)
+    stream = cycle(pictures)
+    kinds = [f"peers.{index}.model={{kind='cnn'}}" for index in range(len(RATES))]
+    taken = in_turn(
+        {"engine": stepping(engine(IMAGE, kinds), pictures), "bare": lambda: bare(*next(stream))},
+        rounds=rounds,
+        each=3,
+        warm_up=4,
+    )
+    return ratio(taken["engine"], taken["bare"])
+
+
+def watching(rounds: int) -> Ratio:
+    """Time what the metrics take of each report, over the step that it tells of."""
+    made = engine((FEATURES,), clock=time.perf_counter)
+    names = made.cohort.names
+    metrics = Metrics(
+        peers=names,
+        sources=list(permutations(names, 2)),
+        feed="bench",
+        reasons=(),
+        detector="never",
+        signal="error",
+        version="",
+    )
+    step = stepping(made, table(200, 16))
+    told = cycle([step() for _ in range(150)])
+    taken = in_turn(
+        {"step": step, "metrics": lambda: metrics.observe(next(told), now=0.0)}, rounds=rounds, each=50, warm_up=10
+    )
+    return ratio(taken["metrics"], taken["step"])
+
+
+def engine(shape: Sequence[int], settings: Sequence[str] = (), **options: Any) -> Engine:
+    """Build the shipped default, for records of a shape."""
+    return build_engine(
+        load("default", [f"max_classes={CLASSES}", "drift.detector.kind=never", *settings]), shape, **options
+    )
+
+
+def table(batches: int, size: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Make up records whose label is the largest of a few linear functions."""
+    chance = torch.Generator().manual_seed(seed)
+    law = torch.randn(FEATURES, CLASSES, generator=chance)
+    x = torch.randn(batches, size, FEATURES, generator=chance)
+    return list(zip(x, (x @ law).argmax(-1), strict=True))
+
+
+def stepping(made: Engine, stream: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], Any]:
+    """Return what takes the engine one batch further."""
+    batches = cycle([Batch(x, y) for x, y in stream])
+    return lambda: made.step(next(batches))
