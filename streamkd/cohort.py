@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamkd.batch import Output, labelled
+from streamkd.batch import labelled
 from streamkd.faults import at_fault
+from streamkd.gradients import with_gradient
 from streamkd.lesson import Learned, Lesson
 from streamkd.logits import UNSEEN, cross_entropy, labels_loss, mask_unseen
 from streamkd.losses import Loss, kd
@@ -83,9 +84,9 @@ class _Lessons:
     teach: bool
     sources: Tensor
     students: Tensor
-    temperatures: Tensor
     alphas: Tensor  # shared out among a student's teachers
     portions: Tensor
+    temperatures: Tensor
 
 
 class Cohort:
@@ -112,10 +113,11 @@ class Cohort:
         self.alphas: dict[tuple[int, int], float] = {}
         self.betas: list[float] = [1.0] * size
         self.softness = [1.0] * size  # temperatures, boosted after an alarm
-        self._groups = grouped(self.peers)
-        order = [index for group in self._groups for index in group.members]
-        self._places = None if order == list(range(size)) else torch.tensor(order).argsort()
+        self.groups = grouped(self.peers)
+        order = [index for group in self.groups for index in group.members]
+        self.places = None if order == list(range(size)) else torch.tensor(order).argsort()
         self._lessons: _Lessons | None = None
+        self._pairs: tuple[tuple[tuple[int, int], ...], Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.peers)
@@ -123,7 +125,7 @@ class Cohort:
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Answer `x` `[n, ...]`: logits `[2 * peers, n, classes]`, the peers' first, then their averages'."""
-        said = [group.predict(x) for group in self._groups]
+        said = [group.predict(x) for group in self.groups]
         if len(said) == 1:
             return said[0]
         peers, averages = zip(*(answers.chunk(2) for answers in said), strict=True)
@@ -132,7 +134,7 @@ class Cohort:
     def _in_order(self, parts: Sequence[Tensor]) -> Tensor:
         """Put what the groups said `[members, ...]` in the order of the peers."""
         said = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-        return said if self._places is None else said[self._places.to(said.device)]
+        return said if self.places is None else said[self.places.to(said.device)]
 
     def observe(self, losses: Tensor, accuracies: Tensor) -> None:
         """Take in the prequential loss and accuracy `[peers]` of one batch."""
@@ -156,18 +158,18 @@ class Cohort:
         alphas, betas = self.alphas, self.betas
         self.alphas, self.betas = {}, [1.0] * len(self)  # who listens to nobody has its labels alone
         for source, student in self.pairs(teacher):
-            # The served answer is as good as the teacher in office, for want of a measure of its own.
-            signals = self._signals(student, teacher if source == 2 * len(self) else source % len(self), classes)
             if burning_in:
                 self.alphas[source, student] = 0.0
                 continue
-            alpha = rule.alpha(replace(signals, previous=alphas.get((source, student))))
+            # The served answer is as good as the teacher in office, for want of a measure of its own.
+            by = teacher if source == 2 * len(self) else source % len(self)
+            alpha = rule.alpha(self._signals(student, by, classes, previous=alphas.get((source, student))))
             self.alphas[source, student] = alpha
-            self.betas[student] = rule.beta(replace(signals, alpha=alpha, previous=betas[student]))
-        for student in range(len(self)):
-            signals = self._signals(student, teacher, classes)
-            value = rule.temperature(replace(signals, previous=self.temperatures[student]))
-            self.temperatures[student] = value
+            self.betas[student] = rule.beta(self._signals(student, by, classes, alpha=alpha, previous=betas[student]))
+        self.temperatures = [
+            rule.temperature(self._signals(student, teacher, classes, previous=previous))
+            for student, previous in enumerate(self.temperatures)
+        ]
         self.softness = [(value or 1.0) * boost for value in self.temperatures]
 
     def learn(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
@@ -197,9 +199,9 @@ class Cohort:
 
     def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Bring every peer its gradient, clipped; take no step yet."""
-        logits = self._in_order([group.learn(lesson.x) for group in self._groups])
+        logits = self._in_order([group.learn(lesson.x) for group in self.groups])
         rest = (0, logits.shape[-1] - len(seen))
-        leaf = mask_unseen(logits.detach()[..., : len(seen)], seen)
+        leaf = mask_unseen(logits[..., : len(seen)], seen)
         hard, gradient, p = labels_loss(leaf, lesson.y)
         rule = self._lessons = self._lessons or self._prepare(leaf)
         gradient = gradient * rule.betas[..., None]
@@ -212,11 +214,12 @@ class Cohort:
             gradient = gradient + soft_gradient
         if lesson.targets is not None:  # the gradient of KL(target || answer) where there is no label
             gradient = torch.where(labelled(lesson.y)[:, None], gradient, p - lesson.targets)
-        logits.backward(functional.pad(gradient * lesson.weights[:, None], rest))  # type: ignore[no-untyped-call]
+        gradient = functional.pad(gradient * lesson.weights[:, None], rest)
         # A loss that is not finite may have a gradient that is.
         norms = [0.0 if math.isfinite(loss) else math.nan for loss in hard.sum(1).tolist()]
-        for group in self._groups:
-            for index, norm in zip(group.members, group.clip_gradients(), strict=True):
+        for group in self.groups:
+            own = gradient if len(self.groups) == 1 else gradient[group.members]
+            for index, norm in zip(group.members, group.back(own), strict=True):
                 norms[index] += norm
         if self._frozen(teacher, teacher):
             norms[teacher] = 0.0
@@ -244,7 +247,7 @@ class Cohort:
 
     def _discard(self) -> None:
         """Throw away all gradients."""
-        for group in self._groups:
+        for group in self.groups:
             group.discard()
 
     def pairs(self, teacher: int) -> list[tuple[int, int]]:
@@ -272,18 +275,14 @@ class Cohort:
 
     def _prepare(self, like: Tensor) -> "_Lessons":
         """Gather what the schedules said into tensors, once for all the updates until they are asked again."""
-        sources, students = ([pair[side] for pair in self.alphas] for side in (0, 1))
-        counts = [students.count(student) for student in students]
-        alphas = [alpha / count for alpha, count in zip(self.alphas.values(), counts, strict=True)]
-        return _Lessons(
-            betas=like.new_tensor(self.betas)[:, None],
-            teach=any(alphas),
-            sources=torch.tensor(sources, device=like.device),
-            students=torch.tensor(students, device=like.device),
-            temperatures=like.new_tensor([self.softness[student] for student in students])[:, None],
-            alphas=like.new_tensor(alphas)[:, None],
-            portions=like.new_tensor([1 / count for count in counts])[:, None],
-        )
+        pairs = tuple(self.alphas)
+        if self._pairs is None or self._pairs[0] != pairs:
+            self._pairs = pairs, *torch.tensor([*zip(*pairs, strict=True)] or [[], []], device=like.device).long()
+        students = [student for _, student in pairs]
+        portions = [1 / students.count(student) for student in students]
+        alphas = [alpha * share for alpha, share in zip(self.alphas.values(), portions, strict=True)]
+        values = like.new_tensor([alphas, portions, [self.softness[student] for student in students]])[..., None]
+        return _Lessons(like.new_tensor(self.betas)[:, None], any(alphas), *self._pairs[1:], *values)
 
     def _distil(
         self, logits: Tensor, hard: Tensor, lesson: Lesson, rule: "_Lessons", *, seen: Tensor, weights: Tensor
@@ -294,14 +293,15 @@ class Cohort:
         if not math.isfinite(float(taught.sum())):  # a teacher that broke down teaches nothing
             sound = taught.isfinite().all(-1)
             taught, gate = torch.where(sound[..., None], taught, 0.0), gate.nan_to_num(0.0) * sound
-        leaf = logits[rule.students].requires_grad_()
-        loss = self.distillation.loss(Output(leaf), Output(taught), lesson.y, rule.temperatures)
         # A student of several teachers hears their mean (1 / (P - 1) in deep mutual learning).
-        weighted = rule.alphas * gate * loss
-        (gradient,) = torch.autograd.grad(weighted.sum(), leaf)
+        weights = gate * rule.alphas
+        student = logits[rule.students]
+        loss, gradient = with_gradient(
+            self.distillation.loss, student, taught, lesson.y, temperature=rule.temperatures, weights=weights
+        )
         return (
-            torch.zeros_like(hard).index_add_(0, rule.students, weighted.detach()),
-            torch.zeros_like(hard).index_add_(0, rule.students, loss.detach() * rule.portions),
+            torch.zeros_like(hard).index_add_(0, rule.students, weights * loss),
+            torch.zeros_like(hard).index_add_(0, rule.students, loss * rule.portions),
             torch.zeros_like(logits).index_add_(0, rule.students, gradient),
         )
 
@@ -333,7 +333,7 @@ class Cohort:
         return rule.scheme == "static" and index == teacher and self.updates >= rule.freeze_after
 
     def _step(self, norms: Sequence[float], teacher: int) -> None:
-        for group in self._groups:
+        for group in self.groups:
             group.step([None if self._frozen(i, teacher) else norms[i] for i in group.members], self.rate)
         if self._frozen(teacher, teacher):
             self.peers[teacher].discard()
@@ -364,14 +364,16 @@ class Cohort:
             else:
                 others = [other for other in (self.peers[teacher], *self.peers) if isinstance(other, Peer)]
                 peer.restart(next((other for other in others if not other.stuck), peer))
-        for group in self._groups:
+        for group in self.groups:
             group.adopt()
 
     def _alertness(self) -> float:
         """1 at an alarm, halving every `boost_half_life` updates."""
         return float(0.5 ** ((self.updates - self.drift_update) / self.distillation.boost_half_life))
 
-    def _signals(self, student: int, teacher: int, classes: int) -> Signals:
+    def _signals(
+        self, student: int, teacher: int, classes: int, *, previous: float | None, alpha: float = 0.0
+    ) -> Signals:
         capacity, teacher_capacity = self.peers[student].capacity, self.peers[teacher].capacity
         known = capacity and teacher_capacity
         return Signals(
@@ -384,6 +386,8 @@ class Cohort:
             teacher_accuracy=self.accuracies[teacher],
             capacity=capacity if known else 1,
             teacher_capacity=teacher_capacity if known else 1,
+            alpha=alpha,
+            previous=previous,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -116,7 +116,8 @@ def _schedule(part: Part, key: str, least: float = 0.0) -> schedules.Schedule:
 
 def _loss(part: Part, classes: int) -> losses.Loss:
     key = "distillation.loss"
-    loss: losses.Loss = partial(find(part, losses, key), **part.options)
+    named = find(part, losses, key)
+    loss: losses.Loss = partial(named, **part.options) if part.options else named
     said = Output(torch.eye(2, classes).expand(1, 2, classes))
     value = _tried(lambda: loss(said, said, torch.zeros(2, dtype=torch.int64), torch.ones(1, 1)), part, key)
     found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__

@@ -155,11 +155,11 @@ class Engine:
 
         The sources are the members, and whatever the pool adds to them.
         """
-        seen = self._seen
-        if len(x):
-            logits = self.cohort.predict(self.inputs(x))[..., : len(seen)]
+        seen = self._seen.cpu()
+        if len(x):  # read once: all that is made of it is made on the CPU
+            logits = self.cohort.predict(self.inputs(x))[..., : len(seen)].cpu()
         else:
-            logits = torch.zeros(2 * len(self.cohort), 0, len(seen), device=self.device)
+            logits = torch.zeros(2 * len(self.cohort), 0, len(seen))
         log_p = mask_unseen(logits, seen).log_softmax(-1)
         served = self.served.answer(log_p)
         if self.pool is not None:
@@ -174,7 +174,7 @@ class Engine:
 
     @torch.no_grad()
     def _predict(self, batch: Batch) -> Answers:
-        x, y = batch.x.to(self.device), batch.y.to(self.device, torch.int64)
+        x, y = batch.x.to(self.device), batch.y.to("cpu", torch.int64)
         self._check(y, batch.late.values())
         said = Answers(x, y, *self._answer(x))
         self.inputs.update(x)
@@ -196,12 +196,12 @@ class Engine:
         scored = score(self.cohort.names, y, answers.log_p[:peers], answers.served)
         if not len(y):
             return scored
-        log_p = of_truth(answers.log_p, y)
-        predicted = answers.log_p[:peers].argmax(-1)
+        log_p = of_truth(answers.log_p[: 2 * peers], y)
+        predicted = torch.stack([scored.predicted[name] for name in self.cohort.names])
         correct = predicted == y
-        self.served.update(log_p[: 2 * peers])
-        if not bool(self.seen[y.cpu()].all()):
-            self.seen[y.cpu()] = True
+        self.served.update(log_p)
+        if not bool(self.seen[y].all()):
+            self.seen[y] = True
             self._look()
         if self.pool is not None:
             self.pool.update(answers.log_p[..., : len(self._seen)], y)
@@ -279,18 +279,18 @@ class Engine:
         rule = self.cohort.distillation
         if len(answers):
             self.cohort.schedule(self.roles.teacher, int(self.seen.sum()))
-        x, y = self.inputs(answers.x), answers.y
+        x, y = self.inputs(answers.x), answers.y.to(self.device)
         kept, faulty = list(range(len(answers))), list[int]()
         open_x = targets = x[:0]
         if len(untold):
             open_x = self.inputs(untold.x)
-            targets = doubted(untold.served[:, : len(self._seen)], self._seen, rule.doubt)
+            targets = doubted(untold.served[:, : len(self._seen)].to(self.device), self._seen, rule.doubt)
         learned = []
         for recalled in self._lessons(memories):
             parts = [recalled, Lesson(x, y, _even(x))]
             if len(untold):
                 mixed, mixed_targets = interpolated(open_x, targets, rule.interpolate)
-                parts.append(Lesson(mixed, untold.y, _even(mixed) * rule.unlabelled, mixed_targets))
+                parts.append(Lesson(mixed, untold.y.to(self.device), _even(mixed) * rule.unlabelled, mixed_targets))
             result = self.cohort.learn(
                 joined(parts), teacher=self.roles.teacher, seen=self._seen, weights=self.served.weights
             )
@@ -321,7 +321,7 @@ class Engine:
         for drawn, result in zip(memories, learned, strict=True):
             if result.faulty:
                 self.replay.bar(drawn.slots[[row for row in result.faulty if row < len(drawn)]])
-        self.replay.add(answers.x.cpu(), answers.y.cpu())
+        self.replay.add(answers.x.cpu(), answers.y)
 
     def _note(self, stage: str) -> None:
         now = self.clock()

@@ -46,8 +46,8 @@ class Answers:
         return self.rows(torch.tensor([row not in rows for row in range(len(self))])) if rows else self
 
     def to(self, device: torch.device | str) -> "Answers":
-        """Return the same on a device."""
-        return Answers(self.x.to(device), self.y.to(device), self.log_p.to(device), self.served.to(device))
+        """Return the same with the records on a device; labels and answers are for the CPU, where they are scored."""
+        return Answers(self.x.to(device), self.y, self.log_p, self.served)
 
 
 class Pending:

@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from streamkd.logits import UNSEEN, mask_unseen
+from streamkd.logits import UNSEEN
 from streamkd.served import Served
 
 FAINTEST = -8.0
@@ -38,10 +40,11 @@ class LabelRates:
 
     def update(self, y: Tensor) -> None:
         """Take in the labels `y` `[n]`, in the order in which they came."""
-        ages = torch.arange(len(y) - 1, -1, -1)
-        shares = (1 - self.memories)[:, None] * self.memories[:, None] ** ages
-        self.rates = self.rates * self.memories[:, None] ** len(y)
-        self.rates.index_add_(1, y.cpu(), shares)
+        memories = self.memories.numpy()[:, None]
+        shares = (1 - memories) * memories ** np.arange(len(y) - 1, -1, -1)
+        rates = self.rates.numpy() * memories ** len(y)
+        np.add.at(rates.T, y.numpy(), shares.T)
+        self.rates = torch.from_numpy(rates)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rates."""
@@ -72,7 +75,7 @@ class Pool:
     def __init__(self, members: int, rates: LabelRates, *, rate: float = 0.002, voices: int | None = None) -> None:
         self.rates = rates
         self.rate = rate
-        self._mute = range(members if voices is None else voices, members)
+        self._mute = slice(members if voices is None else voices, members)
         self.coefficients = torch.cat([torch.full((members,), 1 / (voices or members)), torch.zeros(len(rates))])
         self.verdict = Served(2, gamma=0.998)
 
@@ -87,43 +90,44 @@ class Pool:
         Returns:
             Log-probabilities `[members + rates + 2, n, classes]`, last of all those of the mixture and of the pool.
         """
-        rates = mask_unseen(self.rates.logits(log_p.shape[1])[..., : len(seen)].to(log_p), seen).log_softmax(-1)
-        sources = torch.cat([log_p, rates])
+        rates = self.rates.logits(1)[..., : len(seen)].masked_fill(~seen, UNSEEN).log_softmax(-1)
+        sources = torch.cat([log_p, rates.to(log_p).expand(-1, log_p.shape[1], -1)])
         both = torch.stack([mixture.clamp(min=_TINY).log(), self.answer(sources)])
         return torch.cat([sources, both]), self.verdict.answer(both)
 
     def answer(self, log_p: Tensor) -> Tensor:
         """Pool the sources' log-probabilities `[members + rates, n, classes]` into the pool's own `[n, classes]`."""
-        return self._pooled(self._heard(log_p), log_p)
+        said = log_p.numpy()
+        opinions = self._heard(said)
+        coefficients = self.coefficients.numpy().astype(said.dtype)
+        logits = (coefficients @ opinions.reshape(len(opinions), -1)).reshape(said.shape[1:])
+        # A class that was never seen stays impossible, whatever is left of it above.
+        logits[(said <= UNSEEN / 2).any(0)] = UNSEEN
+        return torch.from_numpy(logits).log_softmax(-1)
 
     def update(self, log_p: Tensor, y: Tensor) -> None:
         """Learn from what `serve` returned of records that turned out to be of the classes `y` `[n]`."""
-        sources, both = log_p[:-2], log_p[-2:]
-        self.verdict.update(both.gather(2, y[None, :, None].expand(2, -1, 1))[..., 0])
-        error = -both[1].exp()
-        error[torch.arange(len(y), device=y.device), y] += 1
-        gradient = (self._heard(sources).flatten(1) @ error.flatten()).cpu()
-        self.coefficients = self.coefficients + self.rate * min(1, STRIDE / max(1, len(y))) * gradient
+        said, truth, rows = log_p.numpy(), y.numpy(), np.arange(len(y))
+        self.verdict.update(torch.from_numpy(said[-2:, rows, truth]))
+        error = -np.exp(said[-1])
+        error[rows, truth] += 1
+        opinions = self._heard(said[:-2])
+        gradient = opinions.reshape(len(opinions), -1) @ error.ravel()
+        step = np.float32(self.rate * min(1, STRIDE / max(1, len(y))))
+        self.coefficients = torch.from_numpy(self.coefficients.numpy() + step * gradient.astype(np.float32))
         self.rates.update(y)
 
     def shorten(self) -> None:
         """Weigh mixture and pool by the latest records for a while: the world has changed."""
         self.verdict.shorten()
 
-    def _heard(self, log_p: Tensor) -> Tensor:
+    def _heard(self, log_p: NDArray[Any]) -> NDArray[Any]:
         """Opinions, none of them below the faintest; who says anything that is not a number has none."""
-        opinions = log_p.clamp(min=FAINTEST, max=0.0)
-        unheard = list(self._mute)
-        if math.isnan(float(opinions.sum())):
-            unheard += opinions.isnan().flatten(1).any(1).nonzero()[:, 0].tolist()
-        if unheard:
-            opinions[unheard] = 0.0
+        opinions: NDArray[Any] = np.clip(log_p, FAINTEST, 0.0)
+        if math.isnan(opinions.sum()):
+            opinions[np.isnan(opinions).any((1, 2))] = 0.0
+        opinions[self._mute] = 0.0
         return opinions
-
-    def _pooled(self, opinions: Tensor, log_p: Tensor) -> Tensor:
-        logits = (self.coefficients.to(opinions) @ opinions.flatten(1)).view(opinions.shape[1:])
-        # A class that was never seen stays impossible, whatever is left of it above.
-        return logits.masked_fill(log_p.amin(0) <= UNSEEN / 2, UNSEEN).log_softmax(-1)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the coefficients, the label rates, and what decides between pool and mixture."""

@@ -129,16 +129,15 @@ class ReplayBuffer:
             self._add(x[start : start + self.capacity], y[start : start + self.capacity], highest)
 
     def _add(self, x: Tensor, y: Tensor, priority: float) -> None:
-        slots = self.evict(self, len(y))
-        births = self.added + torch.arange(len(y))
-        kept = (slots >= 0).nonzero()[:, 0]
-        slots = slots[kept]
-        memory = torch.as_tensor(self._x)
-        memory[slots], self._y[slots] = x[kept].to(memory), y[kept].cpu()
-        self._prioritise(slots, torch.full((len(slots),), priority))
-        self.births[slots] = births[kept]
+        slots, births = self.evict(self, len(y)), self.added + torch.arange(len(y))
         self.added += len(y)
         self.since_drift += len(y)
+        if self.evict is not ring:
+            kept = (slots >= 0).nonzero()[:, 0]
+            slots, births, x, y = slots[kept], births[kept], x[kept], y[kept]
+        memory = torch.as_tensor(self._x)
+        memory[slots], self._y[slots], self.births[slots] = x.to(memory), y.cpu(), births
+        self._prioritise(slots, torch.full((len(slots),), priority))
         self.size = min(self.added, self.capacity)
 
     def sample(self, n: int, window: int | None = None) -> Memories:

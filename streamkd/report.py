@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite, log
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 SERVED = "served"
@@ -38,8 +40,8 @@ def of_truth(log_p: Tensor, y: Tensor) -> Tensor:
 
     At the least `LOG_FLOOR`, which is also for those that say nothing finite.
     """
-    said = log_p.gather(2, y[None, :, None].expand(len(log_p), -1, 1))[..., 0]
-    return said.nan_to_num(nan=LOG_FLOOR).clamp(min=LOG_FLOOR)
+    said = log_p.numpy()[:, np.arange(len(y)), y.numpy()]
+    return torch.from_numpy(np.maximum(np.where(np.isnan(said), LOG_FLOOR, said), LOG_FLOOR).astype(said.dtype))
 
 
 def score(names: Sequence[str], y: Tensor, log_p: Tensor, served: Tensor) -> Scored:
@@ -52,8 +54,8 @@ def score(names: Sequence[str], y: Tensor, log_p: Tensor, served: Tensor) -> Sco
         served: `[m, classes]`, probabilities.
     """
     everyone = [*names, SERVED]
-    answers = [*log_p.argmax(-1), served.argmax(-1)]
-    losses = [*-of_truth(log_p, y), -of_truth(served.log()[None], y)[0]]
+    log_p = torch.cat([log_p, served.log()[None]])
+    answers, losses = log_p.argmax(-1), -of_truth(log_p, y)
     return Scored(y, dict(zip(everyone, answers, strict=True)), dict(zip(everyone, losses, strict=True)))
 
 

@@ -3,11 +3,14 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from streamkd.report import LOG_FLOOR
+
+Array = NDArray[np.float64]
 
 
 class Served:
@@ -41,36 +44,41 @@ class Served:
         self.floor = floor
         self.voices = members if averages else members // 2
         self.alert = 0  # batches for which the shorter memory is still in force
-        self._score(torch.zeros(members, dtype=torch.float64))
+        self._score(np.zeros(members))
 
-    def _score(self, scores: Tensor) -> None:
-        self.scores = scores
-        weights = (1 - self.floor) * scores[: self.voices].softmax(0) + self.floor / self.voices
-        self.weights = functional.pad(weights, (0, len(scores) - self.voices))  # adding up to 1
+    def _score(self, scores: Array) -> None:
+        self._scores = scores
+        self._weights = np.zeros_like(scores)
+        self._weights[: self.voices] = (1 - self.floor) * _softmax(scores[: self.voices]) + self.floor / self.voices
+
+    @property
+    def weights(self) -> Tensor:
+        """`[members]`, adding up to 1."""
+        return torch.from_numpy(self._weights)
 
     def answer(self, log_p: Tensor) -> Tensor:
         """Mix the members' log-probabilities `[members, n, classes]` into the served probabilities `[n, classes]`.
 
         A member that says anything not finite weighs nothing; if none is left, every class is as likely.
         """
-        p = log_p.exp()
-        answer = _mixed(self.weights, p)
-        if math.isfinite(float(answer.sum())):
-            return answer
-        sound = p.isfinite().flatten(1).all(1)
-        if not bool(sound.any()):
-            return torch.full_like(p[0], 1 / p.shape[-1])
-        heard = sound.cpu()
-        weights = self.weights[heard]
-        if not float(weights.sum()):  # without a floor, those who broke down may have had all of it
-            weights = self.scores[heard].softmax(0)
-        return _mixed(weights / weights.sum(), p[sound])
+        p = np.exp(log_p.numpy())
+        answer = _mixed(self._weights, p)
+        if math.isfinite(answer.sum()):
+            return torch.from_numpy(answer)
+        sound = np.isfinite(p).all((1, 2))
+        if not sound.any():
+            return torch.full(log_p.shape[1:], 1 / log_p.shape[-1], dtype=log_p.dtype)
+        weights = self._weights[sound]
+        if not weights.sum():  # without a floor, those who broke down may have had all of it
+            weights = _softmax(self._scores[sound])
+        return torch.from_numpy(_mixed(weights / weights.sum(), p[sound]))
 
     def update(self, log_p: Tensor) -> None:
         """Learn from the log-probabilities `[members, n]` that each gave to what turned out to be true."""
         gamma = self.gamma_drift if self.alert else self.gamma
-        gains = log_p.double().nan_to_num(float("-inf")).clamp(min=LOG_FLOOR).sum(1)
-        self._score(gamma ** log_p.shape[1] * self.scores + gains.cpu())
+        said = log_p.numpy().astype(np.float64)
+        gains = np.maximum(np.where(np.isnan(said), LOG_FLOOR, said), LOG_FLOOR).sum(1)
+        self._score(gamma ** log_p.shape[1] * self._scores + gains)
         self.alert = max(0, self.alert - 1)
 
     def shorten(self) -> None:
@@ -79,14 +87,22 @@ class Served:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the scores."""
-        return {"scores": self.scores, "alert": self.alert}
+        return {"scores": torch.from_numpy(self._scores), "alert": self.alert}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self._score(state["scores"])
+        self._score(state["scores"].numpy())
         self.alert = state["alert"]
 
 
-def _mixed(weights: Tensor, p: Tensor) -> Tensor:
-    """Add up `[members, n, classes]`, each with its weight; einsum does the same at ten times the overhead."""
-    return (weights.to(p) @ p.flatten(1)).view(p.shape[1:])
+def _mixed(weights: Array, p: NDArray[Any]) -> NDArray[Any]:
+    """Add up `[members, n, classes]`, each with its weight."""
+    with np.errstate(invalid="ignore"):  # what is not a number is looked for afterwards
+        mixed: NDArray[Any] = (weights.astype(p.dtype) @ p.reshape(len(p), -1)).reshape(p.shape[1:])
+    return mixed
+
+
+def _softmax(scores: Array) -> Array:
+    weights = np.exp(scores - scores.max())
+    shares: Array = weights / weights.sum()
+    return shares

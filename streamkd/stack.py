@@ -6,8 +6,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from streamkd import layers
 from streamkd.peer import Peer
 from streamkd.river_peer import RiverPeer
 
@@ -24,10 +24,14 @@ class Group(Protocol):
         """Answer `x` `[n, ...]`: logits `[2 * members, n, classes]`, the peers' first, then their averages'."""
 
     def learn(self, x: Tensor) -> Tensor:
-        """Answer `x` in training mode, with a gradient: logits `[members, n, classes]`."""
+        """Answer `x` in training mode: logits `[members, n, classes]`, and be ready for `back`."""
 
-    def clip_gradients(self) -> list[float]:
-        """Shorten each member's gradient to its `clip`; return the norms before."""
+    def back(self, gradient: Tensor) -> list[float]:
+        """Bring each member its gradient, from that at the logits of `learn`, and shorten it to the member's `clip`.
+
+        Returns:
+            The norms before.
+        """
 
     def step(self, norms: Sequence[float | None], rate: float) -> None:
         """Take one optimizer step with each member; none with one whose norm is None, or not finite, which counts."""
@@ -65,10 +69,13 @@ class Single:
 
     def learn(self, x: Tensor) -> Tensor:
         """See `Group`."""
-        return self.peer.learn(x).logits[None]
+        self._logits = self.peer.learn(x).logits
+        return self._logits.detach()[None]
 
-    def clip_gradients(self) -> list[float]:
+    def back(self, gradient: Tensor) -> list[float]:
         """See `Group`."""
+        if self._logits.requires_grad:
+            self._logits.backward(gradient[0])  # type: ignore[no-untyped-call]
         return [self.peer.clip_gradient()]
 
     def step(self, norms: Sequence[float | None], rate: float) -> None:
@@ -100,7 +107,6 @@ class Stack:
     def __init__(self, members: list[int], peers: Sequence[Peer]) -> None:
         self.members = members
         self.peers = list(peers)
-        self._layers = list(_leaves(peers[0].module))
         self.adopt()
 
     def adopt(self) -> None:
@@ -112,9 +118,10 @@ class Stack:
             for parameter, values in zip(model.parameters(), self._cut(row), strict=True):
                 parameter.data = values
         self._rows, self._averages = self._weights[:size], self._weights[size:]
-        self._all = self._ready(self._cut(self._weights))
-        self._current = [values.requires_grad_() for values in self._ready(self._cut(self._rows))]
         self._gradients = [self._cut(row) for row in self._gradient]
+        slots = self._cut(self._gradient)
+        self._members = self._layers(self._cut(self._rows), slots)
+        self._everyone = self._layers(self._cut(self._weights), slots)
         self._clips = self._weights.new_tensor([peer.clip for peer in self.peers])
         self._rates = self._weights.new_tensor([peer.rates[:1] for peer in self.peers])
         self._descends = all(_plain(peer.optimizer) for peer in self.peers)
@@ -125,48 +132,42 @@ class Stack:
         parts = torch.split(rows.detach(), [parameter.numel() for parameter in parameters], dim=-1)
         return [part.view(*rows.shape[:-1], *p.shape) for part, p in zip(parts, parameters, strict=True)]
 
-    def _ready(self, weights: list[Tensor]) -> list[Tensor]:
-        """Give vectors `[peers, n]` the shape in which they are added to what is said of a batch."""
-        return [values[:, None] if values.dim() == len(("peers", "n")) else values for values in weights]
+    def _layers(self, weights: Sequence[Tensor], slots: Sequence[Tensor]) -> list[layers.Layer]:
+        """Build the layers from all the weights; gradients are written to `slots`."""
+        left = iter(zip(weights, slots, strict=True))
+        made: list[layers.Layer] = []
+        for layer in _leaves(self.peers[0].module):
+            own = [next(left) for _ in layer.parameters()]
+            (first, second), places = [*(weight for weight, _ in own), None, None][:2], [slot for _, slot in own]
+            if isinstance(layer, nn.Linear):
+                made.append(layers.Linear(torch.as_tensor(first), second, places))
+            elif isinstance(layer, nn.LayerNorm):
+                made.append(layers.Norm(first, second, places, layer.eps))
+            elif isinstance(layer, nn.ReLU):
+                made.append(layers.Rectifier())
+            elif not isinstance(layer, nn.Flatten | nn.Identity):
+                made.append(layers.Elementwise(layer))
+        return made
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """See `Group`."""
-        return self._forward(self._all, x)
-
-    def learn(self, x: Tensor) -> Tensor:
-        """See `Group`."""
-        return self._forward(self._current, x)
-
-    def _forward(self, weights: Sequence[Tensor], x: Tensor) -> Tensor:
-        left = iter(weights)
-        expanded = False
-        for layer in self._layers:
-            if isinstance(layer, nn.Linear):
-                weight = next(left).transpose(1, 2)
-                if not expanded:
-                    x, expanded = x.expand(len(weight), *x.shape), True
-                x = torch.bmm(x, weight) if layer.bias is None else torch.baddbmm(next(left), x, weight)
-            elif isinstance(layer, nn.LayerNorm):
-                x = functional.layer_norm(x, layer.normalized_shape, eps=layer.eps)
-                if layer.elementwise_affine:
-                    scale = next(left)
-                    x = x * scale if layer.bias is None else torch.addcmul(next(left), x, scale)
-            else:
-                x = layer(x)
-        return x
+        return _through(self._everyone, x)
 
     @torch.no_grad()
-    def clip_gradients(self) -> list[float]:
+    def learn(self, x: Tensor) -> Tensor:
         """See `Group`."""
-        parts = []
-        for leaf in self._current:
-            parts.append(torch.as_tensor(leaf.grad).flatten(1))
-            leaf.grad = None
-        torch.cat(parts, 1, out=self._gradient)
+        return _through(self._members, x)
+
+    @torch.no_grad()
+    def back(self, gradient: Tensor) -> list[float]:
+        """See `Group`."""
+        for layer in reversed(self._members):
+            gradient = layer.back(gradient)
         norms = self._gradient.norm(dim=1)
-        self._gradient.mul_((self._clips / norms).clamp(max=1.0)[:, None])
         said: list[float] = norms.tolist()
+        if any(norm > peer.clip for norm, peer in zip(said, self.peers, strict=True)):
+            self._gradient.mul_((self._clips / norms).clamp(max=1.0)[:, None])
         return said
 
     @torch.no_grad()
@@ -185,8 +186,11 @@ class Stack:
             self._rows.addcmul_(self._gradient, self._rates, value=-rate)
         else:
             self._optimize(chosen, rate)
-        shares = [peer.share if goes else 0.0 for peer, goes in zip(self.peers, going, strict=True)]
-        self._averages.lerp_(self._rows, self._weights.new_tensor(shares)[:, None])
+        shares = self._weights.new_tensor([[self.peers[index].share] for index in chosen])
+        if all(going):
+            self._averages.lerp_(self._rows, shares)
+        else:  # a share of 0 would not keep out what is not finite
+            self._averages[chosen] = self._averages[chosen].lerp(self._rows[chosen], shares)
         for index in chosen:
             self.peers[index].stepped()
 
@@ -199,9 +203,14 @@ class Stack:
             peer.optimize(rate)
 
     def discard(self) -> None:
-        """See `Group`."""
-        for leaf in self._current:
-            leaf.grad = None
+        """See `Group`: the next one is written over it."""
+
+
+def _through(made: Sequence[layers.Layer], x: Tensor) -> Tensor:
+    x = x.flatten(1)
+    for layer in made:
+        x = layer(x)
+    return x
 
 
 def _plain(optimizer: torch.optim.Optimizer) -> bool:

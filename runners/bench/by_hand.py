@@ -74,7 +74,7 @@ class ByHand:
         slots, old_x, old_y, weights = self.memory.draw(UPDATES * DRAWN)
         even = torch.full((len(y),), 1 / len(y))
         losses = []
-        for part in torch.arange(UPDATES * DRAWN).split(DRAWN):
+        for part in torch.arange(UPDATES * DRAWN).view(UPDATES, DRAWN):
             xs, ys = torch.cat([old_x[part], x]), torch.cat([old_y[part], y])
             losses.append(self._update(xs, ys, torch.cat([weights[part] / DRAWN, even]))[:DRAWN])
         self.memory.priorities[slots] = torch.cat(losses) + 1e-3
@@ -113,7 +113,7 @@ class Stacked:
         self.rates = torch.tensor(rates)[:, None]
 
     def _cut(self, rows: Tensor) -> list[Tensor]:
-        parts = torch.split(rows, [shape.numel() for shape in self.shapes], dim=1)
+        parts = torch.split(rows.detach(), [shape.numel() for shape in self.shapes], dim=1)
         shaped = [part.view(len(rows), *shape) for part, shape in zip(parts, self.shapes, strict=True)]
         return [part[:, None] if part.dim() < len(("peers", "out", "in")) else part for part in shaped]
 
@@ -178,7 +178,8 @@ class Plain:
 
     def __init__(self, build: Callable[[], nn.Module], rates: Sequence[float], shape: Sequence[int]) -> None:
         self.models = [build() for _ in rates]
-        self.averages = [AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY)) for model in self.models]
+        averaging = get_ema_multi_avg_fn(DECAY)  # type: ignore[no-untyped-call]
+        self.averages = [AveragedModel(model, multi_avg_fn=averaging) for model in self.models]
         self.optimizers = [
             torch.optim.SGD(model.parameters(), lr=rate) for model, rate in zip(self.models, rates, strict=True)
         ]
@@ -213,7 +214,7 @@ class Plain:
                 student = logits[index].log_softmax(-1)
                 loss = loss + ALPHA * functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             average.update_parameters(model)
