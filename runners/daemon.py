@@ -150,6 +150,7 @@ class Daemon:
             position = batch.position  # it moves without records, too, where all were refused
             report = self._session.step(batch)
             self.metrics.label_delay.observe(self._delays.update(batch, time.monotonic()))
+            self.metrics.observe_times(batch.times, now=time.time())
             self._observe(report)
             if self._saver:
                 self._saver.after(report.position)
