@@ -4,7 +4,7 @@ import io
 import time
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from stack import free_port
@@ -121,12 +121,30 @@ def test_watch_of_nothing_or_of_something_else_is_told_on_one_screen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert streamkd(monkeypatch, "watch", f"127.0.0.1:{free_port()}", "--once") == 2
-    assert "name the daemon's http.host and http.port" in " ".join(capsys.readouterr().err.split())
+    assert "name its http.host and http.port" in " ".join(capsys.readouterr().err.split())
     assert streamkd(monkeypatch, "watch", "nonsense://", "--once") == 2
-    empty = metrics_of(lively())
-    empty.registry = type(empty.registry)()
-    with served(empty) as server, pytest.raises(ConfigError, match="not the metrics of streamkd"):
+    with served(others()) as server, pytest.raises(ConfigError, match="it gives other metrics"):
         Watcher(f"127.0.0.1:{server.port}").ask()
+
+
+def others() -> Metrics:
+    """Return metrics of some other program, which call their own what we call ours."""
+    made = metrics_of(lively())
+    made.registry = type(made.registry)()
+    Gauge("state", "", registry=made.registry)
+    Gauge("teacher", "", ["x"], registry=made.registry).labels(x="a").set(1)
+    return made
+
+
+def test_watch_goes_on_when_another_program_has_taken_the_port() -> None:
+    metrics, port = metrics_of(lively()), free_port()
+    learned(metrics)
+    watcher = Watcher(f"127.0.0.1:{port}")
+    with served(metrics, port):
+        standing = watcher.ask()
+    with served(others(), port):
+        assert watcher.ask() == standing
+    assert "no answer for 0 s (it gives other metrics)" in watcher.heading()
 
 
 def test_the_view_draws_before_the_first_record_and_after() -> None:
