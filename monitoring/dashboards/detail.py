@@ -82,7 +82,8 @@ def _feeds() -> Sequence[Panel]:
         timeline(
             "Connected",
             "none",
-            "Whether the feed can be read. Red at times: the connection breaks and is made again; the log says why.",
+            "Whether the feed can be read. Red at times: the connection breaks and is made again; the log says when. "
+            "Red for ten minutes: see StreamkdFeedStalled.",
             (level("feed_connected", "feed"), "{{feed}}"),
             words=("not connected", "connected"),
             colours=(RED, GREEN),
