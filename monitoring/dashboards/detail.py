@@ -356,7 +356,7 @@ def _errors() -> Sequence[Panel]:
             "Records that could not be used; each is in the dead letters as it came. Read them, and mend the producer "
             "or the configuration: see StreamkdDeadLetterRateHigh.",
             (rate("dead_letter_records_total", "reason"), "{{reason}}"),
-            size=QUARTER,
+            size=THIRD,
             stacked=True,
         ),
         graph(
@@ -368,7 +368,7 @@ def _errors() -> Sequence[Panel]:
                 f"{REFUSED} / ({REFUSED} + {rate('feed_records_total', 'feed')})",
                 "{{feed}}",
             ),
-            size=QUARTER,
+            size=(4, 7),
             alert_above=threshold("dead_letter_ratio"),
         ),
         graph(
@@ -380,7 +380,7 @@ def _errors() -> Sequence[Panel]:
                 events("feed_errors_total", "feed", "stage", "error_type"),
                 "{{feed}} {{stage}} {{error_type}}",
             ),
-            size=QUARTER,
+            size=(4, 7),
             blocks=True,
             stacked=True,
         ),
@@ -390,7 +390,7 @@ def _errors() -> Sequence[Panel]:
             "Positions that the source no longer had, and where reading went on instead. Any at all: records were "
             "never seen, see StreamkdPositionReset.",
             (events("feed_position_resets_total", "feed", "reason"), "{{feed}} {{reason}}"),
-            size=QUARTER,
+            size=(4, 7),
             blocks=True,
             stacked=True,
         ),
@@ -403,7 +403,7 @@ def _errors() -> Sequence[Panel]:
                 events("nonfinite_steps_total", "peer", "action"),
                 "{{peer}} {{action}}",
             ),
-            size=QUARTER,
+            size=(4, 7),
             blocks=True,
             stacked=True,
         ),
