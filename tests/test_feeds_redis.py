@@ -217,6 +217,26 @@ def test_a_server_that_is_gone_for_ten_seconds_costs_nothing_and_is_told(broker:
         assert daemon.wait(timeout=20) == 0
 
 
+@pytest.mark.slow
+def test_a_position_that_was_lost_while_nothing_ran_is_told(broker: Broker, table: list[str]) -> None:
+    settings = [*table, "http.port=0", "checkpoint.directory=saved", "feed.on_position_lost=earliest"]
+    command = ["run", "default", *(f"--set={setting}" for setting in settings)]
+    with started(*command, "--set=checkpoint.every_records=400") as daemon:
+        told(daemon, "checkpoint")
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(timeout=20) == 0
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        publish(broker, [{**row, "id": f"m{n}"} for n, row in zip(range(100), csv.DictReader(file), strict=False)])
+    with redis.Redis.from_url(url(broker)) as client:
+        client.xtrim("s", 50, approximate=False)
+    with started(*command) as daemon:
+        port = told(daemon, "listening")["port"]
+        entry = told(daemon, "position lost")
+        assert (entry["reason"], entry["so_far"], entry["level"]) == ("trimmed", 1, "warning")
+        wanted = 'streamkd_feed_position_resets_total{feed="redis",reason="trimmed"} 1.0'
+        assert wanted in fetched(port, "/metrics")[1]
+
+
 @pytest.mark.parametrize(
     ("options", "told_"),
     [
