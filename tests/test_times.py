@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_commands import streamkd
 
 from runners.feeds.decode import YEAR_2000, moment
 from runners.feeds.files import text_file
@@ -95,3 +96,17 @@ def test_a_time_that_is_not_there_or_has_two_uses_is_refused(tmp_path: Path, opt
     path.write_text("a,at,y\n1,1,x\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=told):
         text_file(path, kind="csv", **{**COMMON, **options})
+
+
+def test_check_shows_times_as_they_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Milliseconds, or a column that is no time, are found out before the first run."""
+    path = tmp_path / "d.csv"
+    path.write_text("a,at,y\n1,1767225600,x\n2,1767225600000,z\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    settings = [f"--set=feed.{setting}" for setting in (f"path={path}", "label=y", "time=at")]
+    assert streamkd(monkeypatch, "check", "default", *settings) == 0
+    shown = capsys.readouterr().out
+    assert "2026-01-01 00:00:00Z" in shown
+    assert "(unreadable)" in shown
