@@ -1,7 +1,9 @@
 """The view of a daemon: of this process's metrics and of another's, by the same reading."""
 
 import io
+import socket
 import time
+from contextlib import suppress
 
 import pytest
 from prometheus_client import Gauge, generate_latest
@@ -30,8 +32,8 @@ def learned(metrics: Metrics, reports: int = 100) -> list[Report]:
     return taken
 
 
-def served(metrics: Metrics, port: int = 0) -> Server:
-    return Server("127.0.0.1", port, metrics.registry, Health(time.monotonic, 60.0), dict)
+def served(metrics: Metrics, port: int = 0, host: str = "127.0.0.1") -> Server:
+    return Server(host, port, metrics.registry, Health(time.monotonic, 60.0), dict)
 
 
 def test_a_registry_and_what_it_tells_over_http_read_the_same() -> None:
@@ -101,6 +103,16 @@ def test_watch_prints_how_a_daemon_stands(monkeypatch: pytest.MonkeyPatch, capsy
     assert "running: 1,600 records" in shown
     assert "7 wait in the feed" in shown
     assert {"served", "teacher", "student"} <= set(shown.split())
+
+
+def test_a_daemon_may_be_at_an_address_of_ip_version_6() -> None:
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        metrics = metrics_of(lively())
+        learned(metrics)
+        with served(metrics, host="::1") as server:
+            assert Watcher(f"[::1]:{server.port}").ask().records == 1600
+        return
+    pytest.skip("this machine has no ::1")
 
 
 def test_watch_goes_on_while_there_is_no_answer_and_says_so() -> None:
