@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from test_commands import streamkd
 
 from runners.feeds.decode import YEAR_2000, moment
+from runners.feeds.delayed import Delayed
 from runners.feeds.files import text_file
+from runners.feeds.joined import Joined
 from runners.feeds.rows import table_file
 from runners.feeds.tail import tail
 from streamkd import Batch
@@ -110,3 +112,14 @@ def test_check_shows_times_as_they_are_understood(
     shown = capsys.readouterr().out
     assert "2026-01-01 00:00:00Z" in shown
     assert "(unreadable)" in shown
+
+
+def test_a_record_keeps_its_time_when_its_label_comes_by_another_way(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("a,at,id\n1,2026-01-01,r1\n", encoding="utf-8")
+    (tmp_path / "y.csv").write_text("id,y\nr1,x\n", encoding="utf-8")
+    records = text_file(tmp_path / "d.csv", kind="csv", **{**COMMON, "label": "", "id": "id"})
+    labels = text_file(tmp_path / "y.csv", kind="csv", **{**COMMON, "time": "", "id": "id", "labels_only": True})
+    joined = Joined(records, labels, capacity=10, seconds=0, clock=lambda: 0.0, refuse=pytest.fail)
+    assert polled(joined).times == (1_767_225_600.0,)
+    timed = text_file(tmp_path / "d.csv", kind="csv", **{**COMMON, "label": "id"})
+    assert polled(Delayed(timed, 1)).times == (1_767_225_600.0,)
