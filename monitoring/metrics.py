@@ -31,6 +31,7 @@ SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0)
 RECORDS = (1, 4, 16, 64, 256, 1024, 4096)
 PRIORITIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 AGES = (64, 256, 1024, 4096, 16384, 65536, 262144)
+RECORD_AGES = (0.1, 1, 5, 15, 60, 300, 600, 1200, 3600, 10800, 86400)
 DELAYS = (0.01, 0.1, 1, 10, 60, 600, 3600, 21600, 86400)
 
 
@@ -69,6 +70,7 @@ class Metrics:
         GCCollector(registry=self.registry)
         self._define()
         self.build.labels(version=version, python=platform.python_version(), torch=torch.__version__).set(1)
+        self.reloaded.set(1)
         answering = [*peers, SERVED]
         self._evaluated = {name: self.evaluated.labels(peer=name) for name in answering}
         self._correct = {name: self.correct.labels(peer=name) for name in answering}
@@ -93,10 +95,17 @@ class Metrics:
         self._feed_connected = self.feed_connected.labels(feed=feed)
         self._feed_received = self.feed_received.labels(feed=feed)
         self._refused = {reason: self.dead_letters.labels(feed=feed, reason=reason) for reason in reasons}
+        self.record_age = BulkHistogram(
+            "streamkd_record_age_seconds",
+            "How old records were when their batch had been learned.",
+            RECORD_AGES,
+            self.registry,
+            labels={"feed": feed},
+        )
+        self._untimed = self.feed_errors.labels(feed=feed, stage="time", error_type="unreadable")
         self._unwritten = self.feed_errors.labels(feed=feed, stage="dead_letter", error_type="write")
         self._resets = {reason: self.resets.labels(feed=feed, reason=reason) for reason in resets}
         self._failed = {s: self.feed_errors.labels(feed=feed, stage=s, error_type="unreachable") for s in stages}
-        self._feed = feed
         self._saves = {result: self.saves.labels(result=result) for result in ("success", "failure")}
         self._restores = {result: self.restores.labels(result=result) for result in ("success", "fallback")}
         self._states = {state: self.state.labels(state=state) for state in STATES}
@@ -123,7 +132,6 @@ class Metrics:
         self.build = gauge("build_info", "Versions, as labels; always 1.", "version", "python", "torch")
         self.state = gauge("state", "1 for the state that the process is in.", "state")
         self.reloaded = gauge("config_last_reload_successful", "1 if the configuration in force is the newest read.")
-        self.reloaded.set(1)
         self.feed_records = counter("feed_records_total", "Records received and decoded.", "feed")
         self.feed_connected = gauge("feed_connected", "1 while the feed can be read.", "feed")
         self.lag = gauge("feed_lag_records", "Records that wait in the source.", "feed", "partition")
@@ -133,6 +141,7 @@ class Metrics:
         self.dead_letters = counter("dead_letter_records_total", "Records that could not be used.", "feed", "reason")
         self.steps = counter("steps_total", "Batches that went through the engine.")
         self.trained = counter("trained_records_total", "Labelled records that were learned.")
+        self.taught = counter("taught_records_total", "Records without a label, learned from the served answer.")
         self.batch_records = histogram("batch_records", "Records a batch.", RECORDS)
         self.step_duration = histogram("step_duration_seconds", "Time a batch took, by stage.", SECONDS, "phase")
         self.loss = summary("loss", "What updates minimised, in nats, by part.", "peer", "component")
@@ -188,6 +197,7 @@ class Metrics:
         self._feed_received.set(now)
         self.steps.inc()
         self.trained.inc(report.trained)
+        self.taught.inc(report.taught)
         self.batch_records.observe(report.size)
         self.compared.inc(report.compared)
         self.agreed.inc(report.agreed)
@@ -228,6 +238,21 @@ class Metrics:
                     _observe(self._loss[name, component], getattr(peer, component))
         for pair, gauge in self._alpha.items():
             gauge.set(report.alphas.get(pair, 0.0))
+
+    def observe_times(self, times: Sequence[float], *, now: float) -> None:
+        """Take in when the records of a batch that was learned came to be.
+
+        What a label comes later is not in it: that is `label_delay`. Clocks differ, so a record may be from the future;
+        it counts as new.
+
+        Args:
+            times: `[n]`, in seconds since the epoch, NaN for one that could not be read; or empty.
+            now: likewise.
+        """
+        ages = now - np.array(times, dtype=np.float64)
+        known = ages[np.isfinite(ages)]
+        self.record_age.observe(known.clip(min=0))
+        self._untimed.inc(len(ages) - len(known))
 
     def observe_refused(self, refused: Mapping[str, int], *, unwritten: int) -> None:
         """Take in how many records were refused so far, by reason, and attempts to write them down that failed."""
@@ -301,10 +326,19 @@ def _observe(summary: Summary, value: float) -> None:
 
 
 class BulkHistogram(Collector):
-    """A histogram that takes many values in one call."""
+    """A histogram that takes many values in one call; its labels, if it has any, have one value each."""
 
-    def __init__(self, name: str, text: str, buckets: Sequence[float], registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        buckets: Sequence[float],
+        registry: CollectorRegistry,
+        *,
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
         self._name, self._text = name, text
+        self._labels = dict(labels or {})
         self._edges = np.array(buckets, dtype=np.float64)
         self._counts: NDArray[np.int64] = np.zeros(len(buckets) + 1, dtype=np.int64)
         self._sum = 0.0
@@ -318,8 +352,8 @@ class BulkHistogram(Collector):
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """Return the family, for the registry."""
-        family = HistogramMetricFamily(self._name, self._text)
+        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
         edges = [str(float(edge)) for edge in self._edges] + ["+Inf"]
         totals = self._counts.cumsum().tolist()
-        family.add_metric([], list(zip(edges, totals, strict=True)), self._sum)
+        family.add_metric(list(self._labels.values()), list(zip(edges, totals, strict=True)), self._sum)
         yield family

@@ -93,10 +93,12 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: it is taken, or not for this user, or there is no such address here.
     """
+    family, shown = (socket.AF_INET6, f"[{host}]") if ":" in host else (socket.AF_INET, host)
     try:
-        return socket.create_server((host, port), backlog=128)
+        return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
+        why, *_ = (error.strerror or str(error)).split(" (while ")  # Python would tell the address once more
         raise ConfigError(
-            f"http.port = {port}: cannot listen on {host}:{port}: {error.strerror or error}; choose another with "
+            f"http.port = {port}: cannot listen on {shown}:{port}: {why}; choose another with "
             "--set http.port=N (0 picks a free one), or another http.host"
         ) from None

@@ -82,6 +82,7 @@ class Reader:
             (sample.name.removeprefix("streamkd_"), tuple(sorted(sample.labels.items()))): sample.value
             for family in families
             for sample in family.samples
+            if sample.name.startswith(("streamkd_", "process_"))  # others may have taken a name that we give
         }
         if _total(values, "steps_total") < _total(self._past[-1][1], "steps_total"):
             self._past = deque([(0.0, {})])  # another process answers now

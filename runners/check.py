@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -107,12 +109,17 @@ def _records(batch: Batch, description: Mapping[str, Any]) -> Table:
     names = names[:MOST_COLUMNS]
     labels = description.get("classes")
     made = Table(title=f"First {len(batch)} records, as decoded", title_justify="left")
-    for name in [*names, "label"]:
+    for name in [*names, "label", *(["time"] if batch.times else [])]:
         made.add_column(_plain(name), justify="right")
-    for x, y in zip(batch.x.flatten(1), batch.y.tolist(), strict=True):
+    times = [[_moment(seconds)] for seconds in batch.times] or [[] for _ in range(len(batch))]
+    for x, y, time in zip(batch.x.flatten(1), batch.y.tolist(), times, strict=True):
         label = "(unknown)" if y == UNLABELLED else str(labels[y]) if isinstance(labels, list) else str(y)
-        made.add_row(*(f"{value:.6g}" for value in x[: len(names)].tolist()), _plain(label))
+        made.add_row(*(f"{value:.6g}" for value in x[: len(names)].tolist()), _plain(label), *time)
     return made
+
+
+def _moment(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}Z" if isfinite(seconds) else "(unreadable)"
 
 
 def _models(engine: Engine, shape: Sequence[int]) -> Table:

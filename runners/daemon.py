@@ -66,6 +66,7 @@ class Daemon:
         self._latest: Report | None = None
         self._told = 0.0
         self._unsound: dict[str, dict[str, int]] = {}
+        self._resets: dict[str, int] = {}
         self.on_listening: Callable[[int], None] = lambda _: None
         engine, watch = running.engine, running.engine.drift
         self.health = Health(time.monotonic, self._settings.http.stalled_seconds)
@@ -150,6 +151,7 @@ class Daemon:
             position = batch.position  # it moves without records, too, where all were refused
             report = self._session.step(batch)
             self.metrics.label_delay.observe(self._delays.update(batch, time.monotonic()))
+            self.metrics.observe_times(batch.times, now=time.time())
             self._observe(report)
             if self._saver:
                 self._saver.after(report.position)
@@ -160,6 +162,10 @@ class Daemon:
         if self.health.connected != feed.connected:
             self._log.warning("feed connected" if feed.connected else "feed disconnected", feed=feed.name)
         self.health.connected = feed.connected
+        for why, count in feed.resets.items():
+            if count > self._resets.get(why, 0):
+                self._log.warning("position lost", feed=feed.name, reason=why, so_far=count)
+        self._resets = dict(feed.resets)
         self.metrics.observe_feed(connected=feed.connected, lag=feed.lag(), resets=feed.resets, failures=feed.failures)
 
     def _observe_refused(self) -> None:

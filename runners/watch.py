@@ -37,19 +37,23 @@ class Watcher:
             ConfigError: there never was an answer.
         """
         try:
-            with urlopen(self.url, timeout=TIMEOUT_SECONDS) as answer:  # noqa: S310 - whatever the user names
-                families = list(text_string_to_metric_families(answer.read().decode()))
-            self._latest = self._reader.read(families, time.time())
+            self._latest = self._read()
             self._answered, self._failure = time.monotonic(), ""
         except (OSError, HTTPException, ValueError) as error:
             self._failure = str(getattr(error, "reason", error))
             if self._latest is None:
                 raise ConfigError(
-                    f"{self.url}: no metrics there ({self._failure}); name the daemon's http.host and http.port"
+                    f"{self.url}: no daemon's metrics ({self._failure}); name its http.host and http.port"
                 ) from None
-        if not self._latest.peers:
-            raise ConfigError(f"{self.url}: these are not the metrics of streamkd; name the URL of its daemon")
         return self._latest
+
+    def _read(self) -> Standing:
+        with urlopen(self.url, timeout=TIMEOUT_SECONDS) as answer:  # noqa: S310 - whatever the user names
+            families = list(text_string_to_metric_families(answer.read().decode()))
+        standing = self._reader.read(families, time.time())
+        if not standing.peers:
+            raise ValueError("it gives other metrics")
+        return standing
 
     def heading(self) -> str:
         """Return whom it asks, and since when there is no answer."""

@@ -22,6 +22,7 @@ class Batch:
             that is to wait no longer.
         position: where the feed stands after this batch; opaque to the engine.
         raw: the records as they came, or empty; for the dead letters, should one turn out to be unusable.
+        times: when each record came to be, in seconds since the epoch, NaN where that is not known; or empty.
     """
 
     x: Tensor
@@ -30,12 +31,14 @@ class Batch:
     late: Mapping[str, int] = field(default_factory=dict)
     position: Mapping[str, Any] = field(default_factory=dict)
     raw: tuple[bytes, ...] = ()
+    times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.x) != len(self.y) or (self.ids and len(self.ids) != len(self.x)):
+        if {len(self.y), len(self.ids or self.x), len(self.times or self.x)} != {len(self.x)}:
             raise ValueError(
-                f"a batch of {len(self.x)} records has {len(self.y)} labels and {len(self.ids)} ids: "
-                "give one label a record (UNLABELLED where unknown), and one id a record or none"
+                f"a batch of {len(self.x)} records has {len(self.y)} labels, {len(self.ids)} ids and "
+                f"{len(self.times)} times: give one label a record (UNLABELLED where unknown), and one id and one time "
+                "a record or none"
             )
 
     def __len__(self) -> int:

@@ -1,6 +1,7 @@
 """A feed for tests: the drifting stream at a steady pace, with a record now and then that cannot be used."""
 
 import time
+from dataclasses import replace
 
 from runners.feeds import DeadLetter, Refuse
 from runners.feeds.drifting import DriftingFeed
@@ -8,6 +9,8 @@ from streamkd.batch import Batch
 
 EVERY = 500
 """Records between two that are refused."""
+LATE = 7.0
+"""Seconds between an event and its record."""
 
 
 class Paced(DriftingFeed):
@@ -24,7 +27,8 @@ class Paced(DriftingFeed):
         time.sleep(max(0.0, self._began + self._given / self._pace - time.monotonic()))
         if self._given // EVERY < (self._given + records) // EVERY:
             self._refuse(DeadLetter("width", "2 cells", b"1,2\n", {"record": self._given}))
-        return super().poll(records)
+        batch = super().poll(records)
+        return batch and replace(batch, times=(time.time() - LATE,) * len(batch))
 
 
 def feed(*, records: int, pace: float, refuse: Refuse) -> Paced:

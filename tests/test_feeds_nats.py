@@ -3,6 +3,7 @@
 import asyncio
 import csv
 import json
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -104,6 +105,18 @@ def test_only_the_subjects_wanted_come_and_others_are_no_loss(broker: Broker) ->
     assert batch is not None
     assert batch.ids == ("r7",)
     feed.close()
+
+
+def test_a_message_is_as_old_as_the_server_says(broker: Broker) -> None:
+    made = stand(broker)
+    began = time.time() - 1
+    made.publish(conformance.rows(0, 3))
+    feed = made.open(refuse=lambda _: None)
+    batch = feed.poll(16)
+    feed.close()
+    assert batch is not None
+    assert len(batch.times) == 3
+    assert all(began < at < time.time() + 1 for at in batch.times)
 
 
 @pytest.mark.slow

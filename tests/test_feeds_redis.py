@@ -90,6 +90,33 @@ def test_in_a_group_it_keeps_the_laws_of_feeds(law: Law, broker: Broker) -> None
     law(stand(broker, group="g", consumer="c"))
 
 
+@pytest.mark.parametrize("group", ["", "g"])
+def test_an_entry_is_as_old_as_its_id_unless_it_tells_or_its_id_was_chosen(broker: Broker, group: str) -> None:
+    made = stand(broker, group=group, consumer="c", columns=("a", "b"))
+    began = time.time() - 1
+    made.publish([{**conformance.rows(0, 1)[0], "at": 1_767_225_600}])
+    feed = made.open(refuse=lambda _: None)
+    batch = feed.poll(16)
+    assert batch is not None
+    assert began < batch.times[0] < time.time() + 1
+    feed.close()
+    telling = redis_stream(
+        stream="s", url=url(broker), label="y", id="id", time="at", max_classes=5, refuse=lambda _: None
+    )
+    batch = telling.poll(16)
+    assert batch is not None
+    assert batch.times == (1_767_225_600.0,)
+    telling.close()
+    chosen = stand(broker, group=group, consumer="c")
+    with redis.Redis.from_url(url(broker)) as client:
+        client.xadd("s", conformance.rows(0, 1)[0], id="7-0")
+    feed = chosen.open(refuse=lambda _: None)
+    batch = feed.poll(16)
+    assert batch is not None
+    assert (len(batch), batch.times) == (1, ())
+    feed.close()
+
+
 @pytest.fixture
 def table(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A stream that drifts, published; the settings to learn it by id up to its end."""
@@ -188,6 +215,26 @@ def test_a_server_that_is_gone_for_ten_seconds_costs_nothing_and_is_told(broker:
         assert fetched(port, "/readyz")[0] == 200
         daemon.send_signal(signal.SIGTERM)
         assert daemon.wait(timeout=20) == 0
+
+
+@pytest.mark.slow
+def test_a_position_that_was_lost_while_nothing_ran_is_told(broker: Broker, table: list[str]) -> None:
+    settings = [*table, "http.port=0", "checkpoint.directory=saved", "feed.on_position_lost=earliest"]
+    command = ["run", "default", *(f"--set={setting}" for setting in settings)]
+    with started(*command, "--set=checkpoint.every_records=400") as daemon:
+        told(daemon, "checkpoint")
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(timeout=20) == 0
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        publish(broker, [{**row, "id": f"m{n}"} for n, row in zip(range(100), csv.DictReader(file), strict=False)])
+    with redis.Redis.from_url(url(broker)) as client:
+        client.xtrim("s", 50, approximate=False)
+    with started(*command) as daemon:
+        port = told(daemon, "listening")["port"]
+        entry = told(daemon, "position lost")
+        assert (entry["reason"], entry["so_far"], entry["level"]) == ("trimmed", 1, "warning")
+        wanted = 'streamkd_feed_position_resets_total{feed="redis",reason="trimmed"} 1.0'
+        assert wanted in fetched(port, "/metrics")[1]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from time import time
 from typing import Any
 
 import pytest
+from paced import LATE
 from stack import free_port, got, needs, process, prometheus, waited, webhook
 from test_commands import told
 
@@ -144,6 +145,11 @@ def test_what_is_watched_is_what_was_learned(watched: Watched) -> None:
     accuracy = {series["metric"]["peer"]: float(series["value"][1]) for series in answer}
     assert set(accuracy) == {"served", "quick", "middle", "steady"}
     assert all(0.5 < share < 1 for share in accuracy.values())
+    answer = got(
+        f"{watched.address}/api/v1/query?query=streamkd_record_age_seconds_sum/streamkd_record_age_seconds_count"
+    )
+    ((_, age),) = (series["value"] for series in answer["data"]["result"])
+    assert LATE < float(age) < LATE + 1
 
 
 def test_someone_is_told_of_the_drift(watched: Watched) -> None:

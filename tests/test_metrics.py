@@ -1,3 +1,4 @@
+import math
 import subprocess
 from pathlib import Path
 
@@ -90,6 +91,31 @@ def test_counters_add_up_to_what_the_reports_said() -> None:
     assert read("streamkd_replay_age_records_count") == drawn
     assert read("streamkd_replay_age_records_bucket", {"le": "+Inf"}) == drawn
     assert read("streamkd_step_duration_seconds_count", {"phase": "learn"}) == len(reports)
+
+
+def test_ages_are_those_of_records_that_tell_and_the_future_is_new() -> None:
+    metrics = metrics_of(engine())
+    metrics.observe_times((990.0, 300.0, math.nan, 1001.0), now=1000.0)
+    metrics.observe_times((), now=2000.0)
+
+    def read(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"streamkd_{name}", {"feed": "file", **labels})
+
+    assert [read("record_age_seconds_bucket", le=edge) for edge in ("0.1", "15.0", "+Inf")] == [1, 2, 3]
+    assert read("record_age_seconds_sum") == 710
+    assert read("feed_errors_total", stage="time", error_type="unreadable") == 1
+
+
+def test_what_is_learned_without_a_label_is_counted_apart() -> None:
+    made = engine()
+    metrics = metrics_of(made)
+    labelled, *others = batches()
+    taught = 0
+    for batch in [labelled] * 20 + [Batch(other.x, torch.full_like(other.y, UNLABELLED)) for other in others]:
+        report = made.step(batch)
+        metrics.observe(report, now=1000.0)
+        taught += report.taught
+    assert metrics.registry.get_sample_value("streamkd_taught_records_total") == taught > 0
 
 
 def test_a_label_is_timed_from_its_prediction_and_what_was_given_up_is_not() -> None:

@@ -1,10 +1,12 @@
 """The view of a daemon: of this process's metrics and of another's, by the same reading."""
 
 import io
+import socket
 import time
+from contextlib import suppress
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from stack import free_port
@@ -30,8 +32,8 @@ def learned(metrics: Metrics, reports: int = 100) -> list[Report]:
     return taken
 
 
-def served(metrics: Metrics, port: int = 0) -> Server:
-    return Server("127.0.0.1", port, metrics.registry, Health(time.monotonic, 60.0), dict)
+def served(metrics: Metrics, port: int = 0, host: str = "127.0.0.1") -> Server:
+    return Server(host, port, metrics.registry, Health(time.monotonic, 60.0), dict)
 
 
 def test_a_registry_and_what_it_tells_over_http_read_the_same() -> None:
@@ -103,6 +105,16 @@ def test_watch_prints_how_a_daemon_stands(monkeypatch: pytest.MonkeyPatch, capsy
     assert {"served", "teacher", "student"} <= set(shown.split())
 
 
+def test_a_daemon_may_be_at_an_address_of_ip_version_6() -> None:
+    with suppress(OSError), socket.create_server(("::1", 0), family=socket.AF_INET6):
+        metrics = metrics_of(lively())
+        learned(metrics)
+        with served(metrics, host="::1") as server:
+            assert Watcher(f"[::1]:{server.port}").ask().records == 1600
+        return
+    pytest.skip("this machine has no ::1")
+
+
 def test_watch_goes_on_while_there_is_no_answer_and_says_so() -> None:
     metrics, port = metrics_of(lively()), free_port()
     learned(metrics)
@@ -121,12 +133,30 @@ def test_watch_of_nothing_or_of_something_else_is_told_on_one_screen(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert streamkd(monkeypatch, "watch", f"127.0.0.1:{free_port()}", "--once") == 2
-    assert "name the daemon's http.host and http.port" in " ".join(capsys.readouterr().err.split())
+    assert "name its http.host and http.port" in " ".join(capsys.readouterr().err.split())
     assert streamkd(monkeypatch, "watch", "nonsense://", "--once") == 2
-    empty = metrics_of(lively())
-    empty.registry = type(empty.registry)()
-    with served(empty) as server, pytest.raises(ConfigError, match="not the metrics of streamkd"):
+    with served(others()) as server, pytest.raises(ConfigError, match="it gives other metrics"):
         Watcher(f"127.0.0.1:{server.port}").ask()
+
+
+def others() -> Metrics:
+    """Return metrics of some other program, which call their own what we call ours."""
+    made = metrics_of(lively())
+    made.registry = type(made.registry)()
+    Gauge("state", "", registry=made.registry)
+    Gauge("teacher", "", ["x"], registry=made.registry).labels(x="a").set(1)
+    return made
+
+
+def test_watch_goes_on_when_another_program_has_taken_the_port() -> None:
+    metrics, port = metrics_of(lively()), free_port()
+    learned(metrics)
+    watcher = Watcher(f"127.0.0.1:{port}")
+    with served(metrics, port):
+        standing = watcher.ask()
+    with served(others(), port):
+        assert watcher.ask() == standing
+    assert "no answer for 0 s (it gives other metrics)" in watcher.heading()
 
 
 def test_the_view_draws_before_the_first_record_and_after() -> None:

@@ -21,7 +21,7 @@ from monitoring.dashboards.kit import (
     timeline,
 )
 
-THIRD, QUARTER = (8, 7), (6, 7)
+THIRD, QUARTER, FIFTH = (8, 7), (6, 7), (5, 7)
 REFUSED = rate("dead_letter_records_total", "feed")
 
 
@@ -49,14 +49,14 @@ def detail() -> dashboard.Dashboard:
 
 def _feeds() -> Sequence[Panel]:
     return [
-        shared.records(QUARTER),
+        shared.records(FIFTH),
         graph(
             "Waiting in the feed",
             "short",
             "Records that the feed has and has not given, by partition, where it can tell. Above the line and rising: "
             "see StreamkdLagGrowing. One partition alone: its producer writes more than the others.",
             (level("feed_lag_records", "feed", "partition"), "{{feed}} {{partition}}"),
-            size=QUARTER,
+            size=FIFTH,
             alert_above=threshold("lag_records"),
         ),
         graph(
@@ -65,17 +65,29 @@ def _feeds() -> Sequence[Panel]:
             "Time since the last record. A saw of small teeth is well. A slope: nothing comes; above the line see "
             "StreamkdFeedStalled.",
             (f"time() - ({level('feed_last_record_received_timestamp_seconds', 'feed')} > 0)", "{{feed}}"),
-            size=QUARTER,
+            size=FIFTH,
             alert_above=threshold("feed_silence_seconds"),
+        ),
+        graph(
+            "Age when learned",
+            "s",
+            "From the event to the end of its batch, where records tell (feed.time) or the broker does; all at once "
+            "after a stand-still, then falling, is catching up. Above the line for half of them: see "
+            "StreamkdRecordAgeHigh. Empty: nobody tells.",
+            (quantile(0.5, "record_age_seconds"), "median"),
+            (quantile(0.95, "record_age_seconds"), "95 %"),
+            size=FIFTH,
+            alert_above=threshold("record_age_seconds"),
         ),
         timeline(
             "Connected",
             "none",
-            "Whether the feed can be read. Red at times: the connection breaks and is made again; the log says why.",
+            "Whether the feed can be read. Red at times: the connection breaks and is made again; the log says when. "
+            "Red for ten minutes: see StreamkdFeedStalled.",
             (level("feed_connected", "feed"), "{{feed}}"),
             words=("not connected", "connected"),
             colours=(RED, GREEN),
-            size=QUARTER,
+            size=(4, 7),
         ),
     ]
 
@@ -189,7 +201,7 @@ def _labels() -> Sequence[Panel]:
             "Predictions whose label has not come. Rising to the line: labels are late or lost; beyond "
             "labels.pending_capacity the oldest are given up (StreamkdLabelBacklog).",
             (level("labels_pending", "job"), "waiting"),
-            size=THIRD,
+            size=QUARTER,
             alert_above=threshold("labels_pending"),
         ),
         graph(
@@ -198,7 +210,7 @@ def _labels() -> Sequence[Panel]:
             "Labels joined to their prediction, and predictions given up. Any given up: see StreamkdLabelBacklog.",
             (rate("labels_joined_total", "job"), "joined"),
             (rate("labels_expired_total", "job"), "given up"),
-            size=THIRD,
+            size=QUARTER,
         ),
         graph(
             "Delay of labels",
@@ -207,7 +219,16 @@ def _labels() -> Sequence[Panel]:
             "a drift that much later.",
             (quantile(0.5, "label_delay_seconds"), "median"),
             (quantile(0.95, "label_delay_seconds"), "95 %"),
-            size=THIRD,
+            size=QUARTER,
+        ),
+        graph(
+            "Learned without a label",
+            "recps",
+            "Records that never have a label, learned from the answer served. Zero where all have labels, or may still "
+            "get them. Far more than have labels, while accuracy falls: the cohort believes itself too much; raise "
+            "distillation.confidence, or lower distillation.unlabelled.",
+            (rate("taught_records_total", "job"), "learned"),
+            size=QUARTER,
         ),
     ]
 
@@ -335,7 +356,7 @@ def _errors() -> Sequence[Panel]:
             "Records that could not be used; each is in the dead letters as it came. Read them, and mend the producer "
             "or the configuration: see StreamkdDeadLetterRateHigh.",
             (rate("dead_letter_records_total", "reason"), "{{reason}}"),
-            size=QUARTER,
+            size=THIRD,
             stacked=True,
         ),
         graph(
@@ -347,7 +368,7 @@ def _errors() -> Sequence[Panel]:
                 f"{REFUSED} / ({REFUSED} + {rate('feed_records_total', 'feed')})",
                 "{{feed}}",
             ),
-            size=QUARTER,
+            size=(4, 7),
             alert_above=threshold("dead_letter_ratio"),
         ),
         graph(
@@ -359,7 +380,7 @@ def _errors() -> Sequence[Panel]:
                 events("feed_errors_total", "feed", "stage", "error_type"),
                 "{{feed}} {{stage}} {{error_type}}",
             ),
-            size=QUARTER,
+            size=(4, 7),
             blocks=True,
             stacked=True,
         ),
@@ -369,7 +390,7 @@ def _errors() -> Sequence[Panel]:
             "Positions that the source no longer had, and where reading went on instead. Any at all: records were "
             "never seen, see StreamkdPositionReset.",
             (events("feed_position_resets_total", "feed", "reason"), "{{feed}} {{reason}}"),
-            size=QUARTER,
+            size=(4, 7),
             blocks=True,
             stacked=True,
         ),
@@ -382,7 +403,7 @@ def _errors() -> Sequence[Panel]:
                 events("nonfinite_steps_total", "peer", "action"),
                 "{{peer}} {{action}}",
             ),
-            size=QUARTER,
+            size=(4, 7),
             blocks=True,
             stacked=True,
         ),

@@ -56,7 +56,7 @@ def overview() -> dashboard.Dashboard:
             "How long ago the newest whole checkpoint was made: what a crash would repeat. Old, with records learned "
             "since: see StreamkdCheckpointStale.",
             (f"time() - ({level('checkpoint_last_success_timestamp_seconds', 'job')} > 0)", ""),
-            empty="none yet",
+            empty="none since the start",
             colours=((GREEN, None), (ORANGE, threshold("checkpoint_age_seconds"))),
             decimals=0,
             curve=False,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from zlib import crc32
 
@@ -11,6 +12,8 @@ import numpy as np
 from streamkd.errors import ConfigError, short
 
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
+YEAR_2000, YEAR_10000 = 946_684_800.0, 253_402_300_800.0
+"""In seconds since the epoch. What is earlier is a counter or a clock never set; what is later, milliseconds."""
 
 
 class RefusedError(Exception):
@@ -40,6 +43,7 @@ class Columns:
         buckets: features a categorical column.
         missing: cells that mean "not known".
         id: the column that holds the record's name; empty where there is none.
+        time: the column that tells when the record came to be; empty where there is none.
     """
 
     label: str
@@ -48,6 +52,7 @@ class Columns:
     buckets: int
     missing: frozenset[str]
     id: str = ""
+    time: str = ""
 
     @property
     def names(self) -> list[str]:
@@ -114,6 +119,26 @@ class Columns:
             raise RefusedError("no_id", f"column {self.id!r}: {short(name)} is no id")
         return str(name).strip()
 
+    def time_of(self, cells: Mapping[str, object]) -> float:
+        """Return when the record came to be, in seconds since the epoch; NaN where that cannot be read.
+
+        It is only watched, so no record is refused for it.
+        """
+        return moment(cells.get(self.time))
+
+
+def moment(cell: object) -> float:
+    """Return seconds since the epoch of a number of them or of a date in ISO 8601, in UTC unless it says; or NaN."""
+    try:
+        seconds = _parsed(cell)
+    except (ValueError, TypeError, OverflowError):
+        try:
+            read = datetime.fromisoformat(str(cell).strip())
+        except ValueError:
+            return math.nan
+        seconds = (read if read.tzinfo else read.replace(tzinfo=UTC)).timestamp()
+    return seconds if YEAR_2000 <= seconds < YEAR_10000 else math.nan
+
 
 def assign(
     present: Sequence[str],
@@ -121,6 +146,7 @@ def assign(
     where: str,
     key: str = "path",
     id: str = "",  # noqa: A002 - the user's word for it
+    time: str = "",
     label: str,
     categorical: Sequence[str],
     ignore: Sequence[str],
@@ -135,12 +161,13 @@ def assign(
         where: the file or stream, for messages.
         key: the setting that names it, likewise.
         id: the user's setting, and likewise the others.
+        time: column that tells when the record came to be; empty where there is none.
         label: column with the label; empty where labels come by another way.
         categorical: columns of text.
         ignore: columns to leave out.
         buckets: features a categorical column.
         missing: cells that mean "not known".
-        labels_only: all columns but the label's and the id's are left out.
+        labels_only: all columns but the label's, the id's and the time's are left out.
 
     Raises:
         ConfigError: a column is named twice or is not there, or no column is left to learn from.
@@ -148,7 +175,9 @@ def assign(
     doubles = sorted({name for name in present if list(present).count(name) > 1})
     if doubles:
         raise ConfigError(f"feed.{key} = {where!r}: two columns are called {short(doubles[0])}; rename one")
-    named = {"label": [label] if label else [], "id": [id] if id else [], "categorical": categorical, "ignore": ignore}
+    single = {"label": label, "id": id, "time": time}
+    named: dict[str, Sequence[str]] = {setting: [name] if name else [] for setting, name in single.items()}
+    named |= {"categorical": categorical, "ignore": ignore}
     for setting, names in named.items():
         for name in names:
             if name not in present:
@@ -160,7 +189,7 @@ def assign(
                 )
                 raise ConfigError(f"feed.{setting} = {short(name)}: no such column in {where!r}; {hint}")
     uses: dict[str, str] = {}
-    for setting in ("label", "id", "ignore", "categorical"):
+    for setting in (*single, "ignore", "categorical"):
         twice = next((name for name in named[setting] if name in uses), None)
         if twice is not None:
             raise ConfigError(f"feed.{setting} = {twice!r}: feed.{uses[twice]} has it, too; name it in one of them")
@@ -173,6 +202,7 @@ def assign(
         buckets,
         frozenset(missing),
         id,
+        time,
     )
     if not columns.width and not labels_only:
         raise ConfigError(f"feed.{key} = {where!r}: no column is left to learn from; there are {_listed(present)}")

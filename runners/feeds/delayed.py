@@ -48,8 +48,8 @@ class Delayed:
             name, y = self._withheld.popleft()
             late[str(name)] = y
         unknown = torch.full((len(labels),), UNLABELLED)
-        raw = batch.raw if batch is not None else ()
-        return Batch(x, unknown, ids=tuple(map(str, ids)), late=late, position=self.position(), raw=raw)
+        raw, times = (batch.raw, batch.times) if batch is not None else ((), ())
+        return Batch(x, unknown, ids=tuple(map(str, ids)), late=late, position=self.position(), raw=raw, times=times)
 
     def position(self) -> dict[str, Any]:
         """Return the position of the records, and the labels withheld."""

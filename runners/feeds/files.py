@@ -291,6 +291,7 @@ def text_file(
     kind: str,
     label: Name,
     id: Name = "",  # noqa: A002 - the user's word for it
+    time: Name = "",
     categorical: Names = (),
     ignore: Names = (),
     buckets: Annotated[int, Field(ge=2, le=65_536)] = 16,
@@ -309,6 +310,7 @@ def text_file(
         kind: `csv` or `jsonl`.
         label: column with the label; where its cell is empty the label is not known. Empty (""): records come without.
         id: column with the record's name, by which its label can come later.
+        time: column that tells when the record came to be: seconds since the epoch, or ISO 8601.
         categorical: columns of text, hashed into `buckets` features each.
         ignore: columns to leave out.
         buckets: features a categorical column.
@@ -334,6 +336,7 @@ def text_file(
             where=str(path),
             label=label,
             id=id,
+            time=time,
             categorical=categorical,
             ignore=ignore,
             buckets=buckets,

@@ -144,7 +144,8 @@ class Sequences:
         for found in await self._fetch(self._consumer, most):
             self._last = self._seen = found.metadata.sequence.stream
             place = {"sequence": self._last, "created": self._created}
-            messages.append(Message(found.data, place, {"sequence": self._last, "subject": found.subject}))
+            about = {"sequence": self._last, "subject": found.subject}
+            messages.append(Message(found.data, place, about, found.metadata.timestamp.timestamp()))
         if not messages:
             self._seen = state.last_seq  # what there is beyond is of other subjects
         return messages

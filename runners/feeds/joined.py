@@ -75,6 +75,7 @@ class Joined:
             late=late,
             position=self.position(),
             raw=batch.raw if batch is not None else (),
+            times=batch.times if batch is not None else (),
         )
 
     def _hear(self, answers: Batch, late: dict[str, int]) -> None:

@@ -23,12 +23,14 @@ class Record:
         label: the class index; `UNLABELLED` where it is not known.
         raw: its bytes as they came.
         id: its name; empty where records have none.
+        time: when it came to be, in seconds since the epoch; NaN where that is not known.
     """
 
     features: np.ndarray
     label: int
     raw: bytes
     id: str = ""
+    time: float = math.nan
 
 
 class Decoder:
@@ -55,8 +57,12 @@ class Decoder:
                 f"{columns.width}; leave it out for records that are vectors"
             )
 
-    def record(self, cells: Mapping[str, object], raw: bytes, classes: ClassMap | None = None) -> Record:
+    def record(
+        self, cells: Mapping[str, object], raw: bytes, classes: ClassMap | None = None, *, sent: float = math.nan
+    ) -> Record:
         """Return one record; its label is numbered by `classes`, where they are not to be the feed's own.
+
+        `sent` is the source's own time of it, for records that do not tell.
 
         Raises:
             RefusedError: it cannot be used.
@@ -64,10 +70,12 @@ class Decoder:
         features, name = self.columns.features(cells), self.columns.id_of(cells)
         label = self.columns.label_of(cells)
         index = UNLABELLED if label is None else (classes or self.classes).index(label)
-        return Record(features, index, raw, name)
+        return Record(features, index, raw, name, self.columns.time_of(cells) if self.columns.time else sent)
 
     def batch(self, records: Sequence[Record], position: Mapping[str, Any]) -> Batch:
         """Return records as a batch; none of them make an empty one."""
+        times = tuple(record.time for record in records)
+        timed = self.columns.time or not all(map(math.isnan, times))
         x = np.stack([record.features for record in records]) if records else np.empty((0, self.columns.width))
         return Batch(
             torch.from_numpy(x).reshape(len(records), *self.shape),
@@ -75,6 +83,7 @@ class Decoder:
             ids=tuple(record.id for record in records) if self.columns.id else (),
             position=position,
             raw=tuple(record.raw for record in records),
+            times=times if timed else (),
         )
 
     def state(self) -> dict[str, Any]:
@@ -108,6 +117,7 @@ class Decoder:
         return {
             "label": self.columns.label or "(none in the record)",
             "id": self.columns.id or "(none)",
+            "time": self.columns.time or "(none in the record)",
             "numeric": list(self.columns.numeric),
             "categorical": list(self.columns.categorical),
             "classes": list(self.classes.labels),

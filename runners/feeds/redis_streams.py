@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from runners.feeds import NONE, REPLAYABLE, Capabilities, Refuse
+from runners.feeds.decode import moment
 from runners.feeds.formats import decoder, imported
 from runners.feeds.stream import (
     Message,
@@ -296,12 +297,13 @@ def _number(name: bytes | str) -> tuple[int, ...]:
 
 
 def _message(name: str, fields: Mapping[bytes, bytes], field: str, place: Place) -> Message:
+    written = moment(_number(name)[0] / 1_000)  # NaN where whoever wrote the entry has chosen its id
     if field:
-        return Message(fields.get(field.encode(), b""), place, {"entry": name})
+        return Message(fields.get(field.encode(), b""), place, {"entry": name}, written)
     text = {
         key.decode(errors="backslashreplace"): value.decode(errors="backslashreplace") for key, value in fields.items()
     }
-    return Message(text, place, {"entry": name})
+    return Message(text, place, {"entry": name}, written)
 
 
 def redis_stream(

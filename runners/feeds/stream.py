@@ -1,5 +1,6 @@
 """Streams of messages as feeds: what all brokers have in common. Each broker adds a `Source`, and no more."""
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -55,11 +56,13 @@ class Message:
         payload: its bytes, or its cells, where the source keeps them apart.
         place: where the source stands after it.
         about: what tells it from others, for the dead letters.
+        time: when the source took it in, in seconds since the epoch; NaN where it does not tell.
     """
 
     payload: bytes | Cells
     place: Place
     about: Mapping[str, Any]
+    time: float = math.nan
 
 
 class Source(Protocol):
@@ -125,6 +128,7 @@ class Reading(Settings):
     Attributes:
         label: column with the label; empty: records come without.
         id: column with the record's name, by which its label can come later.
+        time: column that tells when the record came to be; empty: the source's own time, where it has one.
         columns: all columns, in order; left out, they are the keys of the first records.
         categorical, ignore, buckets, missing, shape, classes: as for files.
         start: where to begin without a checkpoint.
@@ -136,6 +140,7 @@ class Reading(Settings):
 
     label: Name
     id: Name = ""
+    time: Name = ""
     columns: Names = ()
     categorical: Names = ()
     ignore: Names = ()
@@ -150,7 +155,7 @@ class Reading(Settings):
     labels_only: bool = False
 
 
-ASSIGNED = {"id", "label", "categorical", "ignore", "buckets", "missing", "labels_only"}
+ASSIGNED = {"id", "time", "label", "categorical", "ignore", "buckets", "missing", "labels_only"}
 """Of these settings, those that say what each column is for."""
 
 
@@ -281,7 +286,7 @@ class StreamFeed:
         if self._row == len(self._cells):
             self._place, self._row, self._message = message.place, 0, None
         try:
-            return self._decoder.record(cells, raw)
+            return self._decoder.record(cells, raw, sent=message.time)
         except RefusedError as error:
             return _letter(error, raw, message)
 
@@ -393,7 +398,7 @@ def open_stream(
             where=about["stream"],
             key=about["key"],
             **settings.model_dump(
-                include={"id", "label", "categorical", "ignore", "buckets", "missing", "labels_only"}
+                include=ASSIGNED,
             ),
         )
         where = f"feed.{about['key']} = {about['stream']!r}"
@@ -418,7 +423,7 @@ def _columns(
     about: Mapping[str, str],
 ) -> list[str]:
     if settings.columns or settings.labels_only:
-        return list(dict.fromkeys([*settings.columns, *filter(None, (settings.label, settings.id))]))
+        return list(dict.fromkeys([*settings.columns, *filter(None, (settings.label, settings.id, settings.time))]))
     where = f"feed.{about['key']} = {about['stream']!r}"
     if not first:
         raise FeedError(
