@@ -249,6 +249,39 @@ def soak(*, records: int = 1_000_000, batch: int = 16) -> None:
     runner(records, batch, Console())
 
 
+Rounds = Annotated[int, Parameter(help="Turns of each; the medians are over these.")]
+
+
+@bench.command
+def overhead(*, rounds: Rounds = 40, json: Json = None) -> None:
+    """Hold the engine to loops written by hand: the same arithmetic with nothing around it, and torch as it comes."""
+    from rich.console import Console
+
+    from runners.bench.overhead import main as runner
+
+    runner(rounds=rounds, json_to=json, console=Console())
+
+
+@bench.command
+def replay(*, rounds: Rounds = 40, json: Json = None) -> None:
+    """Time a draw from memories of a thousand to a million records, and the new priorities after it."""
+    from rich.console import Console
+
+    from runners.bench.replay import main as runner
+
+    runner(rounds=rounds, json_to=json, console=Console())
+
+
+@bench.command
+def scale(*, rounds: Rounds = 40, json: Json = None) -> None:
+    """Time a step of two, four and eight peers of one shape, together and one by one."""
+    from rich.console import Console
+
+    from runners.bench.scale import main as runner
+
+    runner(rounds=rounds, json_to=json, console=Console())
+
+
 @bench.command
 def rivals(
     *data: Path,

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import torch
 from pydantic import ValidationError, validate_call
-from river.base import Classifier
 from torch import nn
 
 from streamkd import drift, losses, models, replay, schedules
@@ -190,7 +189,7 @@ def _river_peer(name: str, part: Part, settings: EngineSettings, index: int) -> 
     key = f"peers.{index}.model"
     module, _, attribute = part.kind.removeprefix(RIVER).rpartition(".")
     factory = imported(f"river.{module}:{attribute}", f"{key}.kind")
-    if not (inspect.isclass(factory) and issubclass(factory, Classifier)):
+    if not (inspect.isclass(factory) and issubclass(factory, import_module("river.base").Classifier)):
         raise ConfigError(f"{key}.kind = {part.kind!r}: is not one of river's classifiers")
     options = part.options
     if "seed" in _parameters(factory):

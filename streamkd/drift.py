@@ -6,11 +6,11 @@ two-sided detectors fire at every recovery, so by default an alarm counts only i
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Annotated, Any, Protocol
 
 import numpy as np
 from pydantic import Field
-from river import drift
 
 from streamkd import pickles
 from streamkd.report import SERVED, Scored
@@ -124,48 +124,53 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 def adwin(delta: Share = 0.002, *, one_sided: bool = True, **options: Any) -> River:
     """Adaptive windowing (Bifet and Gavalda 2007): two sub-windows whose means differ. Any value in [0, 1]."""
-    return River(drift.ADWIN(delta=delta, **options), *((_estimation, _estimation) if one_sided else ()))
+    return River(_rivers().ADWIN(delta=delta, **options), *((_estimation, _estimation) if one_sided else ()))
 
 
 def kswin(*, one_sided: bool = True, seed: int = 0, **options: Any) -> River:
     """Kolmogorov-Smirnov windowing (Raab et al. 2020). Any value; a thousand times slower than ADWIN."""
-    return River(drift.KSWIN(seed=seed, **options), *((_older, _recent) if one_sided else ()))
+    return River(_rivers().KSWIN(seed=seed, **options), *((_older, _recent) if one_sided else ()))
 
 
 def page_hinkley(threshold: Annotated[float, Field(gt=0)] = 10.0, *, one_sided: bool = True, **options: Any) -> River:
     """Page's cumulative sum with Hinkley's test (Page 1954). Any value; `threshold` is in units of its sum."""
     mode = "up" if one_sided else "both"
-    return River(drift.PageHinkley(threshold=threshold, mode=mode, **options))
+    return River(_rivers().PageHinkley(threshold=threshold, mode=mode, **options))
 
 
 def ddm(**options: Any) -> River:
     """Drift detection method (Gama et al. 2004), on error bits: the error rate leaves its minimum by 3 sigma."""
-    return River(drift.binary.DDM(**options))
+    return River(_rivers().binary.DDM(**options))
 
 
 def eddm(**options: Any) -> River:
     """Early drift detection (Baena-Garcia et al. 2006), on error bits: errors come closer together."""
-    return River(drift.binary.EDDM(**options))
+    return River(_rivers().binary.EDDM(**options))
 
 
 def hddm_a(*, one_sided: bool = True, **options: Any) -> River:
     """Hoeffding bound on averages (Frias-Blanco et al. 2014), on error bits."""
-    return River(drift.binary.HDDMA(two_sided_test=not one_sided, **options))
+    return River(_rivers().binary.HDDMA(two_sided_test=not one_sided, **options))
 
 
 def hddm_w(*, one_sided: bool = True, **options: Any) -> River:
     """Hoeffding bound on weighted averages (Frias-Blanco et al. 2014), on error bits: the quickest of the family."""
-    return River(drift.binary.HDDMW(two_sided_test=not one_sided, **options))
+    return River(_rivers().binary.HDDMW(two_sided_test=not one_sided, **options))
 
 
 def fhddm(**options: Any) -> River:
     """Fast Hoeffding drift detection (Pesaranghader and Viktor 2016), on error bits."""
-    return River(drift.binary.FHDDM(**options), of_correct=True)
+    return River(_rivers().binary.FHDDM(**options), of_correct=True)
 
 
 def never() -> Never:
     """No drift detection."""
     return Never()
+
+
+def _rivers() -> Any:
+    """Import river's detectors, once one is asked for: they bring all of scipy.stats."""
+    return import_module("river.drift")
 
 
 def _estimation(detector: Any) -> float:

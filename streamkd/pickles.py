@@ -5,11 +5,10 @@ import io
 import pickle
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
-from river import drift
-from river.proba.base import Distribution
 
 FAMILIES = frozenset(
     {
@@ -87,7 +86,7 @@ class ByValue(pickle.Pickler):
 
     def reducer_override(self, thing: Any) -> Any:
         """Leave out the generators that river's distributions seed from nowhere and, but to be sampled, never use."""
-        if not isinstance(thing, Distribution) or thing.seed is not None:
+        if not isinstance(thing, _rivers("proba.base").Distribution) or thing.seed is not None:
             return NotImplemented
         known = {name: value for name, value in vars(thing).items() if name != "_rng"}
         return copyreg.__newobj__, (type(thing),), known  # type: ignore[attr-defined]
@@ -118,8 +117,13 @@ class AllowListUnpickler(pickle.Unpickler):
         return found
 
 
+def _rivers(module: str) -> Any:
+    """Import a part of river, once something of it is at hand: it is slow to import."""
+    return import_module(f"river.{module}")
+
+
 def _page_hinkley_test(owner: object, name: str) -> Any:
     """Stand in for `getattr`, by which PageHinkley pickles its choice of test, and for that one use only."""
-    if not isinstance(owner, drift.PageHinkley) or not name.startswith("_test_"):
+    if not isinstance(owner, _rivers("drift").PageHinkley) or not name.startswith("_test_"):
         raise pickle.UnpicklingError(f"{name} of {type(owner).__name__} is not a part of river's objects")
     return getattr(owner, name)
