@@ -255,31 +255,25 @@ Rounds = Annotated[int, Parameter(help="Turns of each; the medians are over thes
 @bench.command
 def overhead(*, rounds: Rounds = 40, json: Json = None) -> None:
     """Hold the engine to loops written by hand: the same arithmetic with nothing around it, and torch as it comes."""
-    from rich.console import Console
-
     from runners.bench.overhead import main as runner
 
-    runner(rounds=rounds, json_to=json, console=Console())
+    runner(rounds=rounds, json_to=json)
 
 
 @bench.command
 def replay(*, rounds: Rounds = 40, json: Json = None) -> None:
     """Time a draw from memories of a thousand to a million records, and the new priorities after it."""
-    from rich.console import Console
-
     from runners.bench.replay import main as runner
 
-    runner(rounds=rounds, json_to=json, console=Console())
+    runner(rounds=rounds, json_to=json)
 
 
 @bench.command
 def scale(*, rounds: Rounds = 40, json: Json = None) -> None:
     """Time a step of two, four and eight peers of one shape, together and one by one."""
-    from rich.console import Console
-
     from runners.bench.scale import main as runner
 
-    runner(rounds=rounds, json_to=json, console=Console())
+    runner(rounds=rounds, json_to=json)
 
 
 @bench.command

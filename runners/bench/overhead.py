@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import cycle, permutations
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,9 @@ from torch import Tensor, nn
 
 from monitoring.metrics import Metrics
 from runners.bench import by_hand
-from runners.bench.pairs import Ratio, in_turn, ratio, write
+from runners.bench.pairs import Ratio, in_turn, ratio
+from runners.bench.rivals import made as machine
+from runners.eval_command import check_targets, write_json
 from runners.settings import load
 from streamkd import Batch, Engine
 from streamkd.config import build_engine
@@ -25,13 +26,15 @@ IMAGE = (1, 28, 28)
 RATES = (0.3, 0.1, 0.03)
 
 
-def main(*, rounds: int, json_to: Path | None, console: Console) -> None:
+def main(*, rounds: int, json_to: str | None) -> None:
     """Time the engine beside loops by hand, and print the ratios."""
-    tables = small(rounds)
+    check_targets(json_to)
+    console = Console(stderr=json_to == "-")
+    tables, pictures = small(rounds), images(max(3, rounds // 4))
     found = {
         "engine over the bare loop, batch 16, small networks": tables["bare"],
         "engine over a plain loop, batch 16, small networks": tables["plain"],
-        "engine over the bare loop, batch 32, convolutional networks on 28x28": images(max(3, rounds // 4)),
+        "engine over the bare loop, batch 32, convolutional networks on 28x28": pictures,
     }
     share = watching(rounds)
     made = Table("", "ratio", "a quarter of the rounds below, above", box=None, pad_edge=False)
@@ -40,16 +43,9 @@ def main(*, rounds: int, json_to: Path | None, console: Console) -> None:
     console.print(made)
     console.print(f"metrics, as a share of a step: {100 * share.median:.1f} %")
     console.print(f"{rounds} rounds, each in turn; {torch.get_num_threads()} threads")
-    write(
-        json_to,
-        {
-            "ratio": tables["bare"].median,
-            "plain": tables["plain"].median,
-            "images": found["engine over the bare loop, batch 32, convolutional networks on 28x28"].median,
-            "metrics_share": share.median,
-            "rounds": rounds,
-        },
-    )
+    if json_to is not None:
+        ratios = {"ratio": tables["bare"].median, "plain": tables["plain"].median, "images": pictures.median}
+        write_json(json_to, {"made": machine(), **ratios, "metrics_share": share.median, "rounds": rounds})
 
 
 def small(rounds: int) -> dict[str, Ratio]:

@@ -1,10 +1,8 @@
 """Things timed beside one another, in turn, so that a machine's moods fall on them alike."""
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -50,9 +48,3 @@ def ratio(over: list[float], under: list[float]) -> Ratio:
         return Ratio(values[0], values[0], values[0])
     low, _, high = quantiles(values, n=4)
     return Ratio(median(values), low, high)
-
-
-def write(path: Path | None, said: Mapping[str, Any]) -> None:
-    """Write figures as JSON, if a path is given."""
-    if path is not None:
-        path.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,6 @@
 """`streamkd bench replay`: what a memory of a million costs over one of a thousand."""
 
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -9,7 +8,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from runners.bench.pairs import in_turn, ratio, write
+from runners.bench.pairs import in_turn, ratio
+from runners.bench.rivals import made as machine
+from runners.eval_command import check_targets, write_json
 from streamkd import ReplayBuffer
 
 CAPACITIES = (1_000, 10_000, 100_000, 1_000_000)
@@ -18,8 +19,10 @@ FEATURES = 32
 AT_ONCE = 50_000
 
 
-def main(*, rounds: int, json_to: Path | None, console: Console) -> None:
+def main(*, rounds: int, json_to: str | None) -> None:
     """Time a draw and the new priorities after it in full memories of several sizes, and print the ratios."""
+    check_targets(json_to)
+    console = Console(stderr=json_to == "-")
     runs = {str(capacity): rehearsing(filled(capacity)) for capacity in CAPACITIES}
     taken = in_turn(runs, rounds=rounds, each=100, warm_up=100)
     made = Table("capacity", f"sample and update of {DRAWN}", f"over {CAPACITIES[0]:,}", box=None, pad_edge=False)
@@ -30,7 +33,16 @@ def main(*, rounds: int, json_to: Path | None, console: Console) -> None:
         said[str(capacity)] = {"seconds": seconds, "over_smallest": grown.median}
     console.print(made)
     console.print(f"medians of {rounds} rounds, each in turn; in brackets a quarter of them below, above")
-    write(json_to, {"ratio": said[str(CAPACITIES[-1])]["over_smallest"], "capacities": said, "rounds": rounds})
+    if json_to is not None:
+        write_json(
+            json_to,
+            {
+                "made": machine(),
+                "ratio": said[str(CAPACITIES[-1])]["over_smallest"],
+                "capacities": said,
+                "rounds": rounds,
+            },
+        )
 
 
 def filled(capacity: int) -> ReplayBuffer:

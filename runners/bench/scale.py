@@ -1,21 +1,24 @@
 """`streamkd bench scale`: what more peers of one shape cost, together and one by one."""
 
-from pathlib import Path
 from statistics import median
 
 from rich.console import Console
 from rich.table import Table
 
 from runners.bench.overhead import FEATURES, engine, stepping, table
-from runners.bench.pairs import in_turn, ratio, write
+from runners.bench.pairs import in_turn, ratio
+from runners.bench.rivals import made as machine
+from runners.eval_command import check_targets, write_json
 from streamkd import Engine
 from streamkd.stack import Single
 
 SIZES = (2, 4, 8)
 
 
-def main(*, rounds: int, json_to: Path | None, console: Console) -> None:
+def main(*, rounds: int, json_to: str | None) -> None:
     """Time a step of cohorts that differ in nothing but their size, and print the ratios."""
+    check_targets(json_to)
+    console = Console(stderr=json_to == "-")
     stream = table(200, 16)
     together = {size: cohort(size) for size in SIZES}
     apart = {size: one_by_one(cohort(size)) for size in SIZES}
@@ -32,7 +35,11 @@ def main(*, rounds: int, json_to: Path | None, console: Console) -> None:
         said[str(size)] = {"seconds": step, "over_smallest": grown.median, "apart_over_together": saved.median}
     console.print(made)
     console.print(f"medians of {rounds} rounds, each in turn; in brackets a quarter of them below, above")
-    write(json_to, {"ratio": said[str(SIZES[-1])]["over_smallest"], "sizes": said, "rounds": rounds})
+    if json_to is not None:
+        write_json(
+            json_to,
+            {"made": machine(), "ratio": said[str(SIZES[-1])]["over_smallest"], "sizes": said, "rounds": rounds},
+        )
 
 
 def cohort(size: int) -> Engine:
