@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import torch
-from pydantic import ValidationError, validate_call
+from pydantic import BaseModel, ValidationError, create_model, validate_call
 from torch import nn
 
 from streamkd import drift, losses, models, replay, schedules
@@ -28,7 +28,7 @@ from streamkd.pool import LabelRates, Pool
 from streamkd.river_peer import RiverPeer
 from streamkd.roles import Election
 from streamkd.served import Served
-from streamkd.settings import EngineSettings, Part, complaints, did_you_mean
+from streamkd.settings import EngineSettings, LossSum, Part, complaints, did_you_mean, validate
 
 RIVER = "river:"
 RESERVED = ("served", "no-change", "majority")
@@ -114,9 +114,22 @@ def _schedule(part: Part, key: str, least: float = 0.0) -> schedules.Schedule:
 
 
 def _loss(part: Part, classes: int) -> losses.Loss:
-    key = "distillation.loss"
-    named = find(part, losses, key)
-    loss: losses.Loss = partial(named, **part.options) if part.options else named
+    """Return what `distillation.loss` names: one of the family, one of the user's own, or a weighted sum of such."""
+    if part.kind != "sum":
+        return _single_loss(part, classes, "distillation.loss")
+    parts = validate(LossSum, part.options, "distillation.loss").parts
+    return losses.Sum(
+        [
+            (each.weight, _single_loss(each, classes, f"distillation.loss.parts.{index}"))
+            for index, each in enumerate(parts)
+        ]
+    )
+
+
+def _single_loss(part: Part, classes: int, key: str) -> losses.Loss:
+    named = find(part, losses, key, given=("student", "teacher", "y", "temperature"))
+    options = checked_options(named, part, key)
+    loss: losses.Loss = partial(named, **options) if options else named
     said = Output(torch.eye(2, classes).expand(1, 2, classes))
     value = _tried(lambda: loss(said, said, torch.zeros(2, dtype=torch.int64), torch.ones(1, 1)), part, key)
     found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
@@ -125,6 +138,17 @@ def _loss(part: Part, classes: int) -> losses.Loss:
             f"{key} = {_shown(part)}: gives {found} for a pair of peers and two records; [1, 2] is needed, a loss each"
         )
     return loss
+
+
+def checked_options(function: Callable[..., Any], part: Part, key: str) -> dict[str, Any]:
+    """Return the options of `part`, held to the types and bounds that the function itself is annotated with."""
+    hints = get_type_hints(function, include_extras=True) if inspect.isfunction(function) else {}
+    known = {name: (hint, ...) for name, hint in hints.items() if name in part.options}
+    model: type[BaseModel] = create_model(part.kind, **known)  # type: ignore[call-overload]
+    try:
+        return part.options | dict(model.model_validate(part.options))
+    except ValidationError as error:
+        raise ConfigError(one_screen(complaints(error, key))) from None
 
 
 def _detector(part: Part) -> drift.DriftDetector:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from streamkd.errors import ConfigError, one_screen, short
 
@@ -61,11 +61,28 @@ class PeerSettings(Settings):
     clip: Annotated[float, Field(gt=0, description="largest norm of the gradient")] = 2.0
 
 
+class WeightedPart(Part):
+    """One of several parts that are added up."""
+
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+
+class LossSum(Settings):
+    """The options of a loss that is a weighted sum."""
+
+    parts: Annotated[tuple[WeightedPart, ...], Field(min_length=1)]
+
+
+def _summed(value: Any) -> Any:
+    """Let a list of losses stand for their sum."""
+    return {"kind": "sum", "parts": value} if isinstance(value, (list, tuple)) else value
+
+
 class DistillationSettings(Settings):
     """How peers teach one another."""
 
     scheme: Literal["leader", "mutual", "ensemble", "average", "static", "none"] = "leader"
-    loss: Part = Part(kind="kd")
+    loss: Annotated[Part, BeforeValidator(_summed)] = Part(kind="kd")
     temperature: Part = Part(kind="loss_driven")
     alpha: Part = Part(kind="competence")
     beta: Part = Part.model_validate({"kind": "constant", "value": 1.0})
@@ -168,8 +185,8 @@ class EngineSettings(Settings):
     labels: LabelSettings = LabelSettings()
 
 
-def validate(model: type[AnySettings], data: Mapping[str, Any]) -> AnySettings:
-    """Check a table of settings.
+def validate(model: type[AnySettings], data: Mapping[str, Any], prefix: str = "") -> AnySettings:
+    """Check a table of settings, whose own key is `prefix`.
 
     Raises:
         ConfigError: one line for each mistake, with the key, the value and what would do.
@@ -177,7 +194,7 @@ def validate(model: type[AnySettings], data: Mapping[str, Any]) -> AnySettings:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(one_screen(complaints(error, "", model))) from None
+        raise ConfigError(one_screen(complaints(error, prefix, model))) from None
 
 
 def complaints(error: ValidationError, prefix: str, model: type[BaseModel] | None = None) -> Iterator[str]:

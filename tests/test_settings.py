@@ -9,7 +9,7 @@ from torch import nn
 from runners.feeds.files import text_file
 from runners.settings import Configuration, load
 from runners.shipped import shipped
-from streamkd import drift, losses, replay, schedules
+from streamkd import Output, drift, losses, replay, schedules
 from streamkd.config import build_engine, make, public_functions
 from streamkd.errors import ConfigError
 from streamkd.settings import Part, keys
@@ -92,6 +92,12 @@ def test_a_wrong_setting_is_refused_with_its_key_its_value_and_the_remedy(overri
         ("distillation.alpha.steep=3", ["distillation.alpha.steep", "steepness"]),
         ("distillation.alpha.maximum=high", ["distillation.alpha.maximum", "'high'"]),
         ("distillation.loss.kind=dk", ["distillation.loss.kind"]),
+        ("distillation.loss={kind='dist', betwen=1}", ["distillation.loss.betwen", "did you mean"]),
+        ("distillation.loss={kind='dist', between=-1}", ["distillation.loss.between = -1", "greater than or equal"]),
+        ("distillation.loss=[{kind='kd'}, {kind='dits'}]", ["distillation.loss.parts.1.kind", "did you mean dist?"]),
+        ("distillation.loss=[{kind='kd', weight=-1}]", ["distillation.loss.parts.0.weight = -1"]),
+        ("distillation.loss=[{weight=1}]", ["distillation.loss.parts.0.kind: missing"]),
+        ("distillation.loss=[]", ["distillation.loss.parts", "at least 1"]),
         ("drift.detector.kind=adwin2", ["drift.detector.kind", "did you mean adwin?"]),
         ("drift.detector.kind=nowhere:Thing", ["drift.detector.kind", "nowhere"]),
         ("drift.detector.kind=math:nothing", ["drift.detector.kind", "no nothing in math"]),
@@ -185,7 +191,22 @@ def test_what_is_not_toml_is_refused_by_name(tmp_path: Path, text: str) -> None:
 
 
 FAMILIES: list[tuple[Any, set[str]]] = [
-    (losses, {"kd", "hard_pseudo_label", "soft_label"}),
+    (
+        losses,
+        {
+            "kd",
+            "dml",
+            "separate_temperatures",
+            "sharpness",
+            "standardised",
+            "decoupled_kd",
+            "dist",
+            "mse_logits",
+            "jensen_shannon",
+            "hard_pseudo_label",
+            "soft_label",
+        },
+    ),
     (schedules, {"constant", "mission_temperature", "loss_driven", "mission_alpha", "competence", "complement"}),
     (drift, {"adwin", "kswin", "page_hinkley", "ddm", "eddm", "hddm_a", "hddm_w", "fhddm", "never"}),
     (replay, {"ring", "lowest", "reservoir"}),
@@ -220,3 +241,13 @@ def test_deterministic_runs_are_on_the_cpu() -> None:
 def test_options_are_checked_by_their_types() -> None:
     with pytest.raises(ConfigError, match=r"rate = 'quick'"):
         make(Part.model_validate({"kind": "loss_driven", "rate": "quick"}), schedules, "distillation.temperature")
+
+
+def test_a_list_of_losses_is_their_weighted_sum() -> None:
+    text = "distillation.loss=[{kind='kd', weight=0.5}, {kind='dist', within=2.0}]"
+    rule = build_engine(load("default", [text]), (5,)).cohort.distillation
+    assert isinstance(rule.loss, losses.Sum)
+    said = [Output(torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(seed))) for seed in (1, 2)]
+    y, temperature = torch.zeros(4, dtype=torch.int64), torch.full((1, 1), 2.0)
+    expected = 0.5 * losses.kd(*said, y, temperature) + losses.dist(*said, y, temperature, within=2.0)
+    assert torch.allclose(rule.loss(*said, y, temperature), expected)
