@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ValidationError, create_model, validate_call
 from torch import nn
 
-from streamkd import drift, losses, models, replay, schedules
+from streamkd import drift, losses, models, replay, roles, schedules
 from streamkd.batch import Output
 from streamkd.cohort import Distillation
 from streamkd.engine import Engine
@@ -78,7 +78,7 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
             watch.detector.kind.rpartition(":")[2],
             watch.signal,
         ),
-        election=Election(len(settings.peers), **(settings.roles.model_dump() | _static_office(rule.scheme))),
+        election=_election(settings),
         served=Served(2 * len(settings.peers), **settings.served.model_dump(include=_HEDGE)),
         pool=_pool(settings),
         pending=Pending(settings.labels.pending_capacity),
@@ -181,8 +181,10 @@ def _pool(settings: EngineSettings) -> Pool | None:
     return Pool(2 * size, rates, rate=rule.pool_rate, voices=voices) if rule.pool else None
 
 
-def _static_office(scheme: str) -> dict[str, str]:
-    return {"rule": "never"} if scheme == "static" else {}
+def _election(settings: EngineSettings) -> Election:
+    part = Part(kind="never") if settings.distillation.scheme == "static" else settings.roles.rule
+    rule: roles.Rule = make(part, roles, "roles.rule")
+    return Election(len(settings.peers), rule=rule, **settings.roles.model_dump(exclude={"rule"}))
 
 
 def _peers(settings: EngineSettings, shape: Sequence[int]) -> Iterator[Peer | RiverPeer]:
@@ -333,7 +335,7 @@ def find(
     parameters = _parameters(found)
     options = [name for name in parameters if name not in given]
     for name in part.options:
-        if parameters and name not in options and not _takes_any(found):
+        if (parameters or inspect.isfunction(found)) and name not in options and not _takes_any(found):
             raise ConfigError(f"{key}.{name}: no such option of {part.kind}{did_you_mean(name, options, key)}")
     return found
 

@@ -1,11 +1,15 @@
-"""Who is the teacher: an index over a fixed list of peers, moved on evidence."""
+"""Who is the teacher: an index over a fixed list of peers, moved on evidence.
+
+A rule names the challenger who is to take over, if any. Each function below makes one from its options.
+"""
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _EVIDENCE = ("mass", "gains", "correct", "squares")
@@ -25,17 +29,54 @@ class Swap:
     reason: str
 
 
-class Election:
-    """Re-elects the teacher by recent log-loss, with a margin, so that it does not flap.
+class Rule(Protocol):
+    """Says who takes over."""
+
+    def __call__(self, roles: "Election", candidates: NDArray[np.bool_], *, drifting: bool) -> int | None:
+        """Choose among the candidates `[peers]`, of whom there is one at least; None leaves the teacher in office."""
+
+
+def tested() -> Rule:
+    """A candidate takes over on a paired test of recent log-losses, with a margin, so that roles do not flap.
 
     The evidence is D, the discounted mean over labelled records of log p_challenger(y) - log p_teacher(y), and
-    z = D / sqrt(V / n_eff). A peer whose accuracy is above `bar` of the teacher's is a candidate (the published bar);
-    it takes over at z > `confidence` and D > `margin`, or at z > `confidence_drift` while the world drifts.
+    z = D / sqrt(V / n_eff). The candidate of the smallest loss takes over at z > `roles.confidence` and
+    D > `roles.margin`, or at z > `roles.confidence_drift` while the world drifts.
+    """
+
+    def challenger(roles: "Election", candidates: NDArray[np.bool_], *, drifting: bool) -> int | None:
+        best = roles.best(candidates)
+        mean = float((roles.gains[best] - roles.gains[roles.teacher]) / roles.mass[0])
+        variance = float(roles.squares[best, roles.teacher] / roles.mass[0]) - mean**2
+        effective = float(roles.mass[0] ** 2 / roles.mass[1])
+        z = mean / sqrt(max(variance, 1e-12) / effective)
+        proved = z > roles.confidence_drift if drifting else z > roles.confidence and mean > roles.margin
+        return best if proved else None
+
+    return challenger
+
+
+def mission() -> Rule:
+    """Whoever is a candidate takes over, as published: an accuracy above 0.95 (`roles.bar`) of the teacher's suffices.
+
+    It lets a worse peer take over, and back.
+    """
+    return lambda roles, candidates, *, drifting: roles.best(candidates)  # noqa: ARG005 - the protocol's
+
+
+def never() -> Rule:
+    """The first peer teaches for ever."""
+    return lambda roles, candidates, *, drifting: None  # noqa: ARG005 - the protocol's
+
+
+class Election:
+    """Re-elects the teacher from time to time.
+
+    A peer whose accuracy is above `bar` of the teacher's is a candidate (the published bar).
 
     Args:
         peers: how many.
-        rule: `tested`, as above; `mission`, the bar alone, as published (it lets a worse peer take over, and back);
-            `never`.
+        rule: chooses among the candidates; `tested` by default.
         gamma: how much of the evidence a labelled record leaves standing.
         every: updates between elections.
         tenure, tenure_drift: least updates in office, in calm and while the world drifts.
@@ -45,7 +86,7 @@ class Election:
         self,
         peers: int,
         *,
-        rule: str = "tested",
+        rule: Rule | None = None,
         gamma: float = 0.998,
         every: int = 16,
         bar: float = 0.95,
@@ -55,7 +96,7 @@ class Election:
         tenure: int = 64,
         tenure_drift: int = 8,
     ) -> None:
-        self.rule = rule
+        self.rule = rule or tested()
         self.gamma = gamma
         self.every = every
         self.bar = bar
@@ -108,17 +149,13 @@ class Election:
     def _challenger(self, *, drifting: bool) -> int | None:
         candidates = self.correct > self.bar * self.correct[self.teacher]
         candidates[self.teacher] = False
-        if self.rule == "never" or not bool(candidates.any()) or not float(self.mass[0]):
+        if not bool(candidates.any()) or not float(self.mass[0]):
             return None
-        best = int(np.where(candidates, self.gains, -np.inf).argmax())
-        if self.rule == "mission":
-            return best
-        mean = float((self.gains[best] - self.gains[self.teacher]) / self.mass[0])
-        variance = float(self.squares[best, self.teacher] / self.mass[0]) - mean**2
-        effective = float(self.mass[0] ** 2 / self.mass[1])
-        z = mean / sqrt(max(variance, 1e-12) / effective)
-        proved = z > self.confidence_drift if drifting else z > self.confidence and mean > self.margin
-        return best if proved else None
+        return self.rule(self, candidates, drifting=drifting)
+
+    def best(self, candidates: NDArray[np.bool_]) -> int:
+        """Return the candidate `[peers]` of the smallest recent loss."""
+        return int(np.where(candidates, self.gains, -np.inf).argmax())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the teacher in office and the evidence."""

@@ -78,6 +78,11 @@ def _summed(value: Any) -> Any:
     return {"kind": "sum", "parts": value} if isinstance(value, (list, tuple)) else value
 
 
+def _named(value: Any) -> Any:
+    """Let the name of a part without options stand for it."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
 class DistillationSettings(Settings):
     """How peers teach one another."""
 
@@ -99,7 +104,7 @@ class DistillationSettings(Settings):
 class RolesSettings(Settings):
     """Who becomes teacher, and when."""
 
-    rule: Literal["tested", "mission", "never"] = "tested"
+    rule: Annotated[Part, BeforeValidator(_named)] = Part(kind="tested")
     gamma: Share = 0.998
     every: Positive = 16
     bar: Share = 0.95

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,8 @@ from torch import Tensor
 from worlds import stored
 
 from streamkd import Election
-from streamkd.roles import Swap
+from streamkd import roles as rules  # by whose name `tested` is no test
+from streamkd.roles import Rule, Swap, mission, never
 
 lawful = settings(max_examples=25, deadline=None)
 
@@ -53,7 +55,7 @@ def test_a_better_challenger_takes_over() -> None:
 def test_equals_do_not_take_turns(seed: int) -> None:
     assert len(swaps(Election(2), 1_000, seed=seed)) <= 2
     # The published bar alone lets them, as often as the time in office allows.
-    assert len(swaps(Election(2, rule="mission"), 1_000, seed=seed)) > 20
+    assert len(swaps(Election(2, rule=mission()), 1_000, seed=seed)) > 20
 
 
 @lawful
@@ -67,7 +69,7 @@ def test_equals_do_not_take_turns(seed: int) -> None:
 def test_nobody_is_replaced_before_the_end_of_the_least_time_in_office(
     tenure: int, tenure_drift: int, every: int, updates: int, *, drifting: bool
 ) -> None:
-    roles = Election(3, rule="mission", tenure=tenure, tenure_drift=tenure_drift, every=every)
+    roles = Election(3, rule=mission(), tenure=tenure, tenure_drift=tenure_drift, every=every)
     terms = [0, *swaps(roles, 200, updates=updates, drifting=drifting)]
     least = max(tenure_drift if drifting else tenure, every)
     assert len(terms) > 1
@@ -98,10 +100,10 @@ def test_a_certain_gain_below_the_margin_is_not_worth_a_swap(gain: float, *, tak
     assert (roles.elect(64, drifting=False) is not None) == takes_over
 
 
-@pytest.mark.parametrize("rule", ["tested", "mission"])
+@pytest.mark.parametrize("rule", [rules.tested, mission])
 @pytest.mark.parametrize(("right", "takes_over"), [(94, False), (96, True)])
-def test_nobody_under_the_bar_is_a_candidate(rule: str, right: int, *, takes_over: bool) -> None:
-    roles = Election(2, rule=rule, gamma=1.0)
+def test_nobody_under_the_bar_is_a_candidate(rule: Callable[[], Rule], right: int, *, takes_over: bool) -> None:
+    roles = Election(2, rule=rule(), gamma=1.0)
     correct = torch.stack([torch.ones(100), torch.arange(100) < right])
     log_p = torch.stack([torch.full((100,), -1.0), torch.full((100,), -0.1)])
     roles.update(log_p, correct)
@@ -118,22 +120,22 @@ def test_of_several_candidates_the_one_of_the_smallest_loss_takes_over() -> None
 
 
 def test_the_missions_rule_lets_a_worse_peer_take_over() -> None:
-    for rule, expected in (("mission", Swap(0, 1, "periodic")), ("tested", None)):
-        roles = Election(2, rule=rule)
+    for rule, expected in ((mission, Swap(0, 1, "periodic")), (rules.tested, None)):
+        roles = Election(2, rule=rule())
         evidence(roles, -0.5)
         assert roles.elect(64, drifting=False) == expected
 
 
 def test_under_the_rule_never_nobody_takes_over() -> None:
-    roles = Election(2, rule="never", tenure=0, tenure_drift=0, every=1)
+    roles = Election(2, rule=never(), tenure=0, tenure_drift=0, every=1)
     evidence(roles, 5.0)
     assert roles.elect(500, drifting=False) is None
     assert roles.elect(500, drifting=True, at_once=True) is None
 
 
 def test_nobody_is_elected_without_evidence() -> None:
-    for rule in ("tested", "mission"):
-        assert Election(2, rule=rule).elect(1_000, drifting=True, at_once=True) is None
+    for rule in (rules.tested, mission):
+        assert Election(2, rule=rule()).elect(1_000, drifting=True, at_once=True) is None
 
 
 def test_what_was_true_long_ago_elects_nobody() -> None:
@@ -156,7 +158,7 @@ def test_evidence_is_the_same_whatever_the_batches_it_came_in(sizes: list[int], 
 
 
 def test_a_restored_election_elects_whom_it_would_have_elected() -> None:
-    roles, restored = (Election(3, rule="mission", every=6, tenure=13) for _ in range(2))
+    roles, restored = (Election(3, rule=mission(), every=6, tenure=13) for _ in range(2))
     assert swaps(roles, 13)
     restored.load_state_dict(stored(roles.state_dict()))
     assert restored.teacher == roles.teacher

@@ -9,7 +9,7 @@ from torch import nn
 from runners.feeds.files import text_file
 from runners.settings import Configuration, load
 from runners.shipped import shipped
-from streamkd import Output, drift, losses, replay, schedules
+from streamkd import Output, drift, losses, replay, roles, schedules
 from streamkd.config import build_engine, make, public_functions
 from streamkd.errors import ConfigError
 from streamkd.settings import Part, keys
@@ -91,6 +91,8 @@ def test_a_wrong_setting_is_refused_with_its_key_its_value_and_the_remedy(overri
         ("distillation.alpha.kind=competense", ["distillation.alpha.kind", "did you mean competence?"]),
         ("distillation.alpha.steep=3", ["distillation.alpha.steep", "steepness"]),
         ("distillation.alpha.maximum=high", ["distillation.alpha.maximum", "'high'"]),
+        ("roles.rule=testd", ["roles.rule.kind = 'testd'", "did you mean tested?"]),
+        ("roles.rule={kind='tested', bar=1}", ["roles.rule.bar", "no such option"]),
         ("distillation.loss.kind=dk", ["distillation.loss.kind"]),
         ("distillation.loss={kind='dist', betwen=1}", ["distillation.loss.betwen", "did you mean"]),
         ("distillation.loss={kind='dist', between=-1}", ["distillation.loss.between = -1", "greater than or equal"]),
@@ -210,6 +212,7 @@ FAMILIES: list[tuple[Any, set[str]]] = [
     (schedules, {"constant", "mission_temperature", "loss_driven", "mission_alpha", "competence", "complement"}),
     (drift, {"adwin", "kswin", "page_hinkley", "ddm", "eddm", "hddm_a", "hddm_w", "fhddm", "never"}),
     (replay, {"ring", "lowest", "reservoir"}),
+    (roles, {"tested", "mission", "never"}),
 ]
 
 

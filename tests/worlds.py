@@ -22,6 +22,7 @@ from streamkd import (
 )
 from streamkd.drift import adwin
 from streamkd.models import mlp
+from streamkd.roles import mission
 
 CLASSES = 4
 
@@ -79,7 +80,7 @@ def engine(**options: Any) -> Engine:
 def lively() -> Engine:
     """An engine in which every part is at work: swaps come easily, and alarms."""
     return engine(
-        election=Election(3, rule="mission", every=4, tenure=8, tenure_drift=2),
+        election=Election(3, rule=mission(), every=4, tenure=8, tenure_drift=2),
         drift=DriftWatch(adwin(delta=0.05)),
         replay=ReplayBuffer(200, seed=5),
         distillation=Distillation(
