@@ -177,6 +177,20 @@ def init(name: str | None = None) -> None:
 
 
 @app.command
+def methods(name: str | None = None) -> None:
+    """List every loss, schedule, detector and other part that a configuration can name, each with its source.
+
+    Parameters
+    ----------
+    name
+        Of one of them: tells its formula, its options and their defaults.
+    """
+    from runners.methods_command import main as runner
+
+    runner(name)
+
+
+@app.command
 def watch(
     url: str = "http://127.0.0.1:9464",
     *,

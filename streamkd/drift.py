@@ -123,43 +123,83 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 def adwin(delta: Share = 0.002, *, one_sided: bool = True, **options: Any) -> River:
-    """Adaptive windowing (Bifet and Gavalda 2007): two sub-windows whose means differ. Any value in [0, 1]."""
+    """Adaptive windowing (Bifet and Gavalda 2007): two sub-windows whose means differ. Any value in [0, 1].
+
+    Args:
+        delta: how often an alarm may be false.
+        one_sided: an alarm counts only if the errors became more.
+        **options: of river's class.
+    """
     return River(_rivers().ADWIN(delta=delta, **options), *((_estimation, _estimation) if one_sided else ()))
 
 
 def kswin(*, one_sided: bool = True, seed: int = 0, **options: Any) -> River:
-    """Kolmogorov-Smirnov windowing (Raab et al. 2020). Any value; a thousand times slower than ADWIN."""
+    """Kolmogorov-Smirnov windowing (Raab et al. 2020). Any value; a thousand times slower than ADWIN.
+
+    Args:
+        one_sided: an alarm counts only if the errors became more.
+        seed: of what is drawn from its window.
+        **options: of river's class.
+    """
     return River(_rivers().KSWIN(seed=seed, **options), *((_older, _recent) if one_sided else ()))
 
 
 def page_hinkley(threshold: Annotated[float, Field(gt=0)] = 10.0, *, one_sided: bool = True, **options: Any) -> River:
-    """Page's cumulative sum with Hinkley's test (Page 1954). Any value; `threshold` is in units of its sum."""
+    """Page's cumulative sum with Hinkley's test (Page 1954). Any value; `threshold` is in units of its sum.
+
+    Args:
+        threshold: of the sum, at which there is an alarm.
+        one_sided: an alarm counts only if the errors became more.
+        **options: of river's class.
+    """
     mode = "up" if one_sided else "both"
     return River(_rivers().PageHinkley(threshold=threshold, mode=mode, **options))
 
 
 def ddm(**options: Any) -> River:
-    """Drift detection method (Gama et al. 2004), on error bits: the error rate leaves its minimum by 3 sigma."""
+    """Drift detection method (Gama et al. 2004), on error bits: the error rate leaves its minimum by 3 sigma.
+
+    Args:
+        **options: of river's class.
+    """
     return River(_rivers().binary.DDM(**options))
 
 
 def eddm(**options: Any) -> River:
-    """Early drift detection (Baena-Garcia et al. 2006), on error bits: errors come closer together."""
+    """Early drift detection (Baena-Garcia et al. 2006), on error bits: errors come closer together.
+
+    Args:
+        **options: of river's class.
+    """
     return River(_rivers().binary.EDDM(**options))
 
 
 def hddm_a(*, one_sided: bool = True, **options: Any) -> River:
-    """Hoeffding bound on averages (Frias-Blanco et al. 2014), on error bits."""
+    """Hoeffding bound on averages (Frias-Blanco et al. 2014), on error bits.
+
+    Args:
+        one_sided: an alarm counts only if the errors became more.
+        **options: of river's class.
+    """
     return River(_rivers().binary.HDDMA(two_sided_test=not one_sided, **options))
 
 
 def hddm_w(*, one_sided: bool = True, **options: Any) -> River:
-    """Hoeffding bound on weighted averages (Frias-Blanco et al. 2014), on error bits: the quickest of the family."""
+    """Hoeffding bound on weighted averages (Frias-Blanco et al. 2014), on error bits: the quickest of the family.
+
+    Args:
+        one_sided: an alarm counts only if the errors became more.
+        **options: of river's class.
+    """
     return River(_rivers().binary.HDDMW(two_sided_test=not one_sided, **options))
 
 
 def fhddm(**options: Any) -> River:
-    """Fast Hoeffding drift detection (Pesaranghader and Viktor 2016), on error bits."""
+    """Fast Hoeffding drift detection (Pesaranghader and Viktor 2016), on error bits.
+
+    Args:
+        **options: of river's class.
+    """
     return River(_rivers().binary.FHDDM(**options), of_correct=True)
 
 

@@ -244,7 +244,10 @@ def ring(buffer: ReplayBuffer, n: int) -> Tensor:
 
 
 def lowest(buffer: ReplayBuffer, n: int) -> Tensor:
-    """Those of the lowest priority make room, as published; it hoards what is hard, wrong labels included."""
+    """Those of the lowest priority make room (the articles that streamkd follows).
+
+    It hoards what is hard, wrong labels included.
+    """
     free = torch.arange(buffer.size, min(buffer.size + n, buffer.capacity))
     crowded = torch.topk(buffer.priorities[: buffer.size], n - len(free), largest=False).indices
     return torch.cat([free, crowded])

@@ -57,9 +57,9 @@ def tested() -> Rule:
 
 
 def mission() -> Rule:
-    """Whoever is a candidate takes over, as published: an accuracy above 0.95 (`roles.bar`) of the teacher's suffices.
+    """An accuracy above 0.95 (`roles.bar`) of the teacher's suffices (the articles that streamkd follows).
 
-    It lets a worse peer take over, and back.
+    The candidate of the smallest loss takes over, though it be worse than the teacher; and back.
     """
     return lambda roles, candidates, *, drifting: roles.best(candidates)  # noqa: ARG005 - the protocol's
 

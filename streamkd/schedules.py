@@ -58,7 +58,11 @@ Schedule = Callable[[Signals], float]
 
 
 def constant(value: NotNegative) -> Schedule:
-    """Always the same value."""
+    """Always the same value.
+
+    Args:
+        value: the value.
+    """
     return lambda _: value
 
 
@@ -69,10 +73,17 @@ def mission_temperature(
     minimum: Positive = 1.0,
     maximum: Positive = 10.0,
 ) -> Schedule:
-    """Published loss-driven rule: T * 0.9 when the loss is under `low`, T * 1.1 when it is over `high`.
+    """T * 0.9 when the loss is under `low`, T * 1.1 when it is over `high` (the articles that streamkd follows).
 
     Kept as it was written, flaws included: the thresholds are in nats whatever the number of classes, so two
     classes seldom move it and a hundred saturate it at once; and 0.9 * 1.1 < 1 drifts downward.
+
+    Args:
+        start: T at first.
+        low: loss, in nats, under which T falls.
+        high: loss over which it rises.
+        minimum: of T.
+        maximum: of T.
     """
 
     def temperature(signals: Signals) -> float:
@@ -114,7 +125,7 @@ def loss_driven(
 
 
 def mission_alpha() -> Schedule:
-    """Published capacity rule: alpha = sigmoid(C_S / C_T * beta) with beta = 1 - alpha.
+    """Alpha = sigmoid(C_S / C_T * beta) with beta = 1 - alpha (the articles that streamkd follows).
 
     As written it is circular, so it is solved: alpha is the fixed point, found by bisection. That makes it nearly
     constant: 0.529 at a capacity ratio of 0.25, 0.555 at 0.5, 0.599 at 1, 0.739 at 4.
@@ -140,6 +151,12 @@ def competence(
     * (1 - d): c = clip(1 - rho_teacher, 0, 1) is the teacher's competence (after the scheduled data prior of
     Koh et al. 2023), the ratio of capacities is the belief held before there is evidence, and d is 1 at an alarm
     and halves every `half_life` updates.
+
+    Args:
+        maximum: of alpha.
+        steepness: how much evidence moves it.
+        prior: how much capacity does.
+        half_life: of the damping after an alarm, in updates.
     """
 
     def alpha(signals: Signals) -> float:
@@ -153,7 +170,7 @@ def competence(
 
 
 def complement() -> Schedule:
-    """For beta, the weight of the hard loss: 1 - alpha, as published."""
+    """For beta, the weight of the hard loss: 1 - alpha (the articles that streamkd follows)."""
     return lambda signals: 1 - signals.alpha
 
 

@@ -1,0 +1,126 @@
+"""`streamkd methods`: every part that a configuration can name, and what each says of itself."""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from textwrap import indent
+from types import ModuleType
+from typing import Any
+
+from docstring_parser import parse
+
+from streamkd import drift, losses, replay, roles, schedules
+from streamkd.config import public_functions
+from streamkd.errors import ConfigError
+from streamkd.settings import did_you_mean
+
+OURS = "streamkd"
+"""The source of what was made up here."""
+
+_SOURCE = re.compile(r"\(([^()]*\b(?:(?:19|20)\d\d|articles)\b[^()]*)\)")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Parts that take one another's place.
+
+    Attributes:
+        name: for people.
+        keys: the settings in which its members are named.
+        module: whose public functions they are.
+        given: arguments that are not for the user to set.
+    """
+
+    name: str
+    keys: str
+    module: ModuleType
+    given: tuple[str, ...] = ()
+
+    @property
+    def methods(self) -> list["Method"]:
+        """All members, in the order of their file."""
+        return [Method(name, function, self) for name, function in public_functions(self.module).items()]
+
+
+FAMILIES = (
+    Family("losses", "distillation.loss", losses, ("student", "teacher", "y", "temperature")),
+    Family("schedules", "distillation.temperature, .alpha, .beta", schedules),
+    Family("selectors", "roles.rule", roles),
+    Family("detectors", "drift.detector", drift),
+    Family("replay", "replay.evict", replay, ("buffer", "n")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A member of a family."""
+
+    name: str
+    function: Callable[..., Any]
+    family: Family
+
+    @property
+    def summary(self) -> str:
+        """What it is, in a line, with its source."""
+        said = parse(inspect.getdoc(self.function) or "").short_description or ""
+        return said if self.source in said else f"{said.removesuffix('.')} ({self.source})."
+
+    @property
+    def source(self) -> str:
+        """Where it was published."""
+        found = _SOURCE.search(" ".join((inspect.getdoc(self.function) or "").split()))
+        return found[1] if found else OURS
+
+    @property
+    def text(self) -> str:
+        """What more there is to say of it: the formula, where it fails."""
+        return parse(inspect.getdoc(self.function) or "").long_description or ""
+
+    @property
+    def options(self) -> Iterator[tuple[str, str, str]]:
+        """Name, default and description of each."""
+        said = {each.arg_name: each.description for each in parse(inspect.getdoc(self.function) or "").params}
+        for option in inspect.signature(self.function).parameters.values():
+            if option.kind is option.VAR_KEYWORD:
+                yield f"**{option.name}", "", said.get(f"**{option.name}") or ""
+            elif option.name not in self.family.given:
+                default = "to be set" if option.default is option.empty else repr(option.default)
+                yield option.name, default, " ".join((said.get(option.name) or "").split())
+
+
+def main(name: str | None) -> None:
+    """List all methods, or tell all of those of one name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name is None:
+        sys.stdout.write("\n".join(_listed()) + "\n")
+        return
+    everything = [method for family in FAMILIES for method in family.methods]
+    found = [method for method in everything if method.name == name]
+    if not found:
+        hint = did_you_mean(name, [method.name for method in everything])
+        raise ConfigError(f"{name}: no such method{hint or '; `streamkd methods` lists them all'}")
+    sys.stdout.write("\n".join("\n".join(_told(method)) for method in found))
+
+
+def _listed() -> Iterator[str]:
+    for family in FAMILIES:
+        yield f"{family.name}: {family.keys}"
+        width = max(len(method.name) for method in family.methods)
+        yield from (f"  {method.name:{width}}  {method.summary}" for method in family.methods)
+
+
+def _told(method: Method) -> Iterator[str]:
+    yield f"{method.name}, of {method.family.name}: {method.family.keys}"
+    yield ""
+    yield indent("\n\n".join(filter(None, [method.summary, method.text])), "  ")
+    yield ""
+    for name, default, description in method.options:
+        yield f"  {name}{f' = {default}' if default else ''}"
+        if description:
+            yield f"      {description}"
+    yield ""
