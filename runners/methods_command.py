@@ -11,7 +11,7 @@ from typing import Any
 
 from docstring_parser import parse
 
-from streamkd import drift, losses, replay, roles, schedules
+from streamkd import drift, losses, per_record, replay, roles, schedules
 from streamkd.config import public_functions
 from streamkd.errors import ConfigError
 from streamkd.settings import did_you_mean
@@ -44,9 +44,11 @@ class Family:
         return [Method(name, function, self) for name, function in public_functions(self.module).items()]
 
 
+TAUGHT = ("student", "teacher", "y", "temperature")
 FAMILIES = (
-    Family("losses", "distillation.loss", losses, ("student", "teacher", "y", "temperature")),
+    Family("losses", "distillation.loss", losses, TAUGHT),
     Family("schedules", "distillation.temperature, .alpha, .beta", schedules),
+    Family("softness", "distillation.per_record", per_record, TAUGHT),
     Family("selectors", "roles.rule", roles),
     Family("detectors", "drift.detector", drift),
     Family("replay", "replay.evict", replay, ("buffer", "n")),

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamkd.batch import labelled
+from streamkd.batch import Output, labelled
 from streamkd.faults import at_fault
-from streamkd.gradients import with_gradient
+from streamkd.gradients import slope, with_gradient
 from streamkd.lesson import Learned, Lesson
 from streamkd.logits import UNSEEN, cross_entropy, labels_loss, mask_unseen
 from streamkd.losses import Loss, kd
 from streamkd.peer import Peer
 from streamkd.report import SERVED
 from streamkd.river_peer import RiverPeer
-from streamkd.schedules import Schedule, Signals, competence, constant, loss_driven
+from streamkd.schedules import Curriculum, Schedule, Signals, competence, constant, loss_driven
 from streamkd.stack import grouped
 
 STUCK = 8
@@ -41,7 +41,10 @@ class Distillation:
             learning after `freeze_after` updates; `none`.
         loss: what a student learns, per example.
         temperature: a schedule, a value a student.
+        per_record: from that to a value a record, of the functions of `per_record`; None for all alike.
         alpha: a schedule, a value a pair: the weight of the distillation.
+        widest_gap: the ratio of a teacher's capacity to its student's past which alpha is weakened, by the ratio of
+            this to it.
         beta: a schedule, a value a student: the weight of the labels.
         gate: `better` drops a lesson on records where the teacher is not closer to the label than the student; `soft`
             weighs it by 2 sigmoid(2 (CE_student - CE_teacher)); `open` takes every lesson.
@@ -60,7 +63,9 @@ class Distillation:
     scheme: str = "leader"
     loss: Loss = kd
     temperature: Schedule = field(default_factory=loss_driven)
+    per_record: Loss | None = None
     alpha: Schedule = field(default_factory=competence)
+    widest_gap: float = math.inf
     beta: Schedule = field(default_factory=lambda: constant(1.0))
     gate: str = "better"
     cap: bool = True
@@ -113,6 +118,7 @@ class Cohort:
         self.alphas: dict[tuple[int, int], float] = {}
         self.betas: list[float] = [1.0] * size
         self.softness = [1.0] * size  # temperatures, boosted after an alarm
+        self.slopes = [0.0] * size  # of the distillation loss by ln T, for a curriculum
         self.groups = grouped(self.peers)
         order = [index for group in self.groups for index in group.members]
         self.places = None if order == list(range(size)) else torch.tensor(order).argsort()
@@ -163,7 +169,8 @@ class Cohort:
                 continue
             # The served answer is as good as the teacher in office, for want of a measure of its own.
             by = teacher if source == 2 * len(self) else source % len(self)
-            alpha = rule.alpha(self._signals(student, by, classes, previous=alphas.get((source, student))))
+            signals = self._signals(student, by, classes, previous=alphas.get((source, student)))
+            alpha = rule.alpha(signals) * min(1.0, rule.widest_gap * signals.capacity / signals.teacher_capacity)
             self.alphas[source, student] = alpha
             self.betas[student] = rule.beta(self._signals(student, by, classes, alpha=alpha, previous=betas[student]))
         self.temperatures = [
@@ -296,9 +303,17 @@ class Cohort:
         # A student of several teachers hears their mean (1 / (P - 1) in deep mutual learning).
         weights = gate * rule.alphas
         student = logits[rule.students]
+        temperature = rule.temperatures
+        if self.distillation.per_record is not None:
+            temperature = self.distillation.per_record(Output(student), Output(taught), lesson.y, temperature)
         loss, gradient = with_gradient(
-            self.distillation.loss, student, taught, lesson.y, temperature=rule.temperatures, weights=weights
+            self.distillation.loss, student, taught, lesson.y, temperature=temperature, weights=weights
         )
+        if isinstance(self.distillation.temperature, Curriculum):
+            slopes = slope(self.distillation.loss, student, taught, lesson.y, temperature=rule.temperatures)
+            self.slopes = (
+                slopes.new_zeros(len(self)).index_add_(0, rule.students, slopes * rule.portions[:, 0]).tolist()
+            )
         return (
             torch.zeros_like(hard).index_add_(0, rule.students, weights * loss),
             torch.zeros_like(hard).index_add_(0, rule.students, loss * rule.portions),
@@ -387,6 +402,7 @@ class Cohort:
             capacity=capacity if known else 1,
             teacher_capacity=teacher_capacity if known else 1,
             alpha=alpha,
+            slope=self.slopes[student],
             previous=previous,
         )
 
@@ -403,6 +419,7 @@ class Cohort:
             "softness": list(self.softness),
             "alphas": [[source, student, alpha] for (source, student), alpha in self.alphas.items()],
             "betas": list(self.betas),
+            "slopes": list(self.slopes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -415,4 +432,5 @@ class Cohort:
         self.drift_update = state["drift_update"]
         self.temperatures, self.betas = list(state["temperatures"]), list(state["betas"])
         self.softness = list(state["softness"])
+        self.slopes = list(state["slopes"])
         self.alphas = {(source, student): alpha for source, student, alpha in state["alphas"]}

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ValidationError, create_model, validate_call
 from torch import nn
 
-from streamkd import drift, losses, models, replay, roles, schedules
+from streamkd import drift, losses, models, per_record, replay, roles, schedules
 from streamkd.batch import Output
 from streamkd.cohort import Distillation
 from streamkd.engine import Engine
@@ -60,6 +60,8 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
             cap=rule.cap,
             loss=_loss(rule.loss, settings.max_classes),
             temperature=_schedule(rule.temperature, "distillation.temperature", least=1e-3),
+            per_record=_per_record(rule.per_record, settings.max_classes),
+            widest_gap=rule.widest_gap,
             alpha=_schedule(rule.alpha, "distillation.alpha"),
             beta=_schedule(rule.beta, "distillation.beta"),
             gate=rule.gate,
@@ -116,18 +118,25 @@ def _schedule(part: Part, key: str, least: float = 0.0) -> schedules.Schedule:
 def _loss(part: Part, classes: int) -> losses.Loss:
     """Return what `distillation.loss` names: one of the family, one of the user's own, or a weighted sum of such."""
     if part.kind != "sum":
-        return _single_loss(part, classes, "distillation.loss")
+        return _per_example(part, losses, classes, "distillation.loss")
     parts = validate(LossSum, part.options, "distillation.loss").parts
     return losses.Sum(
         [
-            (each.weight, _single_loss(each, classes, f"distillation.loss.parts.{index}"))
+            (each.weight, _per_example(each, losses, classes, f"distillation.loss.parts.{index}"))
             for index, each in enumerate(parts)
         ]
     )
 
 
-def _single_loss(part: Part, classes: int, key: str) -> losses.Loss:
-    named = find(part, losses, key, given=("student", "teacher", "y", "temperature"))
+def _per_record(part: Part, classes: int) -> losses.Loss | None:
+    if part.kind == "even" and not part.options:
+        return None
+    return _per_example(part, per_record, classes, "distillation.per_record")
+
+
+def _per_example(part: Part, family: ModuleType, classes: int, key: str) -> losses.Loss:
+    """Return a function of what two peers say that gives a value an example, tried on two records."""
+    named = find(part, family, key, given=("student", "teacher", "y", "temperature"))
     options = checked_options(named, part, key)
     loss: losses.Loss = partial(named, **options) if options else named
     said = Output(torch.eye(2, classes).expand(1, 2, classes))
@@ -135,7 +144,7 @@ def _single_loss(part: Part, classes: int, key: str) -> losses.Loss:
     found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
     if found != [1, 2]:
         raise ConfigError(
-            f"{key} = {_shown(part)}: gives {found} for a pair of peers and two records; [1, 2] is needed, a loss each"
+            f"{key} = {_shown(part)}: gives {found} for a pair of peers and two records; [1, 2] is needed, a value each"
         )
     return loss
 

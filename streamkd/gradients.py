@@ -24,3 +24,14 @@ def with_gradient(
     q = log_q.exp()
     said = torch.linalg.vecdot(q, log_q - log_p) * temperature**2
     return said, (log_p.exp_() - q) * (weights * temperature)[..., None]
+
+
+def slope(loss: Loss, student: Tensor, teacher: Tensor, y: Tensor, *, temperature: Tensor) -> Tensor:
+    """Return the derivative of the mean loss by ln T, `[...]`, for `temperature` `[..., 1]`."""
+    with torch.enable_grad():
+        log_t = temperature.log().requires_grad_()
+        said = loss(Output(student.detach()), Output(teacher), y, log_t.exp())
+        if not said.requires_grad:  # a loss in which the temperature plays no part
+            return torch.zeros_like(temperature[..., 0])
+        (gradient,) = torch.autograd.grad(said.mean(-1).sum(), log_t)
+    return gradient[..., 0]

@@ -6,7 +6,7 @@ remembers is the value it gave last, which comes back to it as `signals.previous
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp, log, log2
+from math import cos, exp, log, log2, pi
 from typing import Annotated
 
 from pydantic import Field
@@ -28,6 +28,8 @@ class Signals:
         accuracy, teacher_accuracy: running prequential accuracy, 0 to 1.
         capacity, teacher_capacity: parameters, frozen ones included.
         alpha: the weight of the distillation, for the schedule of the hard loss (beta).
+        slope: derivative of the student's last distillation loss by the logarithm of its temperature, measured for a
+            `Curriculum` only.
         previous: what this schedule said last; None at first.
     """
 
@@ -41,6 +43,7 @@ class Signals:
     capacity: float = 1.0
     teacher_capacity: float = 1.0
     alpha: float = 0.0
+    slope: float = 0.0
     previous: float | None = None
 
     @property
@@ -124,8 +127,70 @@ def loss_driven(
     return temperature
 
 
+def annealing(start: Positive = 4.0, end: Positive = 1.0, half_life: Positive = 500.0) -> Schedule:
+    """T = end + (start - end) * 0.5 ** (updates / half_life): soft lessons first (after Jafari et al. 2021).
+
+    Counted from the last alarm on, since a world that has changed is as new as the first one. The published schedule
+    falls along a line and ends; on a stream nothing may.
+
+    Args:
+        start: T at first, and at an alarm.
+        end: T in the long run.
+        half_life: in updates.
+    """
+
+    def temperature(signals: Signals) -> float:
+        updates = min(signals.update, signals.updates_since_drift)
+        value: float = end + (start - end) * 0.5 ** (updates / half_life)
+        return value
+
+    return temperature
+
+
+@dataclass(frozen=True, slots=True)
+class Curriculum:
+    """A temperature that climbs the student's distillation loss; see `curriculum`."""
+
+    start: float
+    minimum: float
+    maximum: float
+    rate: float
+    growth: float
+    largest: float = 1.1
+
+    def __call__(self, signals: Signals) -> float:
+        """See `Schedule`."""
+        value = self.start if signals.previous is None else signals.previous
+        harder = (1 - cos(pi * min(1.0, signals.update / self.growth))) / 2
+        bound = log(self.largest)
+        move = min(max(self.rate * harder * signals.slope, -bound), bound)
+        return min(max(value * exp(move), self.minimum), self.maximum)
+
+
+def curriculum(
+    start: Positive = 2.0,
+    minimum: Positive = 1.0,
+    maximum: Positive = 10.0,
+    rate: NotNegative = 0.1,
+    growth: Positive = 1_000.0,
+) -> Schedule:
+    """T learned against the student, T * exp(rate * lambda * dL / d ln T): lessons grow harder (Li et al. 2023).
+
+    The student descends its distillation loss L, and the temperature climbs it: gradient reversal with the strength
+    lambda = (1 - cos(pi * min(1, updates / growth))) / 2. By no more than a factor 1.1 a step.
+
+    Args:
+        start: T at first.
+        minimum: of T.
+        maximum: of T.
+        rate: how far it climbs.
+        growth: updates until it climbs at full strength.
+    """
+    return Curriculum(start, minimum, maximum, rate, growth)
+
+
 def mission_alpha() -> Schedule:
-    """Alpha = sigmoid(C_S / C_T * beta) with beta = 1 - alpha (the articles that streamkd follows).
+    """The solution of alpha = sigmoid(C_S / C_T * beta) with beta = 1 - alpha (the articles that streamkd follows).
 
     As written it is circular, so it is solved: alpha is the fixed point, found by bisection. That makes it nearly
     constant: 0.529 at a capacity ratio of 0.25, 0.555 at 0.5, 0.599 at 1, 0.739 at 4.
@@ -140,6 +205,32 @@ def mission_alpha() -> Schedule:
         return low
 
     return alpha
+
+
+def capacity_ratio(beta: NotNegative = 1.0) -> Schedule:
+    """A strength of sigmoid(C_S / C_T * beta), beta given (the articles that streamkd follows).
+
+    Never under 1/2; and the more able the student, the more it listens.
+
+    Args:
+        beta: how much the ratio of capacities counts.
+    """
+    return lambda signals: _sigmoid(signals.capacity / signals.teacher_capacity * beta)
+
+
+def capacity_prior(maximum: NotNegative = 1.0, steepness: NotNegative = 0.5) -> Schedule:
+    """An alpha of maximum * min(1, 2 sigmoid(steepness * ln(C_T / C_S))): `capacity_ratio`, corrected.
+
+    The more able the teacher, the more is heard of it; among equals and under abler ones all of it. Capacities are
+    compared by their ratio, so that doubling both changes nothing.
+
+    Args:
+        maximum: of alpha.
+        steepness: how soon a less able teacher is no longer heard.
+    """
+    return lambda signals: (
+        maximum * min(1.0, 2 * _sigmoid(steepness * log(signals.teacher_capacity / signals.capacity)))
+    )
 
 
 def competence(

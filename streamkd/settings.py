@@ -1,6 +1,7 @@
 """Every setting of an engine: its type, its bounds, its default; and what is said of one that does not fit."""
 
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -89,7 +90,9 @@ class DistillationSettings(Settings):
     scheme: Literal["leader", "mutual", "ensemble", "average", "static", "none"] = "leader"
     loss: Annotated[Part, BeforeValidator(_summed)] = Part(kind="kd")
     temperature: Part = Part(kind="loss_driven")
+    per_record: Annotated[Part, BeforeValidator(_named)] = Part(kind="even")
     alpha: Part = Part(kind="competence")
+    widest_gap: Annotated[float, Field(gt=0, description="of capacities, past which alpha is weakened")] = math.inf
     beta: Part = Part.model_validate({"kind": "constant", "value": 1.0})
     gate: Literal["better", "soft", "open"] = "better"
     cap: bool = True

@@ -14,7 +14,8 @@ from streamkd.cohort import STUCK
 from streamkd.lesson import Learned, Lesson
 from streamkd.losses import kd
 from streamkd.models import mlp
-from streamkd.schedules import complement, constant
+from streamkd.per_record import certainty
+from streamkd.schedules import Schedule, complement, constant, curriculum, loss_driven
 
 CLASSES = 3
 SCHEMES = ["leader", "mutual", "ensemble", "average", "static", "none"]
@@ -337,6 +338,40 @@ def test_lessons_are_softer_after_an_alarm() -> None:
     assert float(learned.divergence[1]) == pytest.approx(float(softened))
 
 
+def test_each_record_may_have_a_temperature_of_its_own() -> None:
+    lesson = lesson_of_rows([0, 1, 2, 0, 1, 2])
+    cohort = tables(plainly("leader", temperature=constant(3.0), per_record=certainty))
+    logits = cohort.predict(lesson.x)[:3]
+    student, teacher = Output(logits[1]), Output(logits[0])
+    warm = certainty(student, teacher, lesson.y, torch.tensor([3.0]))
+    assert len(set(warm.tolist())) == 6
+    expected = kd(student, teacher, lesson.y, warm).mean()
+    assert float(learn(cohort, lesson).divergence[1]) == pytest.approx(float(expected))
+
+
+def test_a_curriculum_makes_the_next_lesson_harder() -> None:
+    lesson = lesson_of_rows([0, 1, 2, 0, 1, 2])
+    rule = curriculum(start=2.0, minimum=0.1, growth=1e-9, rate=0.01)
+    for wanted in ("leader", "mutual"):
+        cohort = tables(plainly(wanted, temperature=rule))
+        for peer in cohort.peers:  # so that nothing but the temperature changes
+            peer.rates = [0.0]
+        before = learn(cohort, lesson)
+        assert [slope != 0 for slope in cohort.slopes] == [wanted == "mutual", True, True]
+        cohort.schedule(0, CLASSES)
+        after = learn(cohort, lesson)
+        assert bool((after.divergence[1:] > before.divergence[1:]).all())
+
+
+def test_past_the_widest_gap_of_capacities_a_lesson_is_weakened_by_what_is_beyond_it() -> None:
+    for widest in (1.5, 1_000.0):
+        cohort = networks(plainly("mutual", 1.0, widest_gap=widest))
+        sizes = [peer.capacity for peer in cohort.peers]
+        cohort.schedule(0, CLASSES)
+        for (teacher, student), alpha in cohort.alphas.items():
+            assert alpha == pytest.approx(min(1.0, widest * sizes[student] / sizes[teacher]))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_class_that_was_never_seen_moves_no_weight(scheme: str) -> None:
     cohort = tables(plainly(scheme))
@@ -409,9 +444,17 @@ def test_agreement_is_counted_over_all_pairs() -> None:
     assert learned.agreed == sum(int((answers[i] == answers[j]).sum()) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
-def changing() -> Distillation:
+def changing(temperature: Schedule) -> Distillation:
     """Every schedule by its default, so that all that a schedule remembers is at work."""
-    return Distillation(scheme="mutual", gate="soft", burn_in=2, beta=complement(), rate_boost=2, temperature_boost=1.5)
+    return Distillation(
+        scheme="mutual",
+        gate="soft",
+        burn_in=2,
+        beta=complement(),
+        temperature=temperature,
+        rate_boost=2,
+        temperature_boost=1.5,
+    )
 
 
 def go_on(cohort: Cohort, updates: range, *, schedule: bool = True) -> None:
@@ -424,8 +467,9 @@ def go_on(cohort: Cohort, updates: range, *, schedule: bool = True) -> None:
 
 
 @pytest.mark.parametrize("schedule", [True, False])
-def test_a_restored_cohort_learns_what_it_would_have_learned(*, schedule: bool) -> None:
-    cohort, restored = networks(changing()), networks(changing())
+@pytest.mark.parametrize("temperature", [loss_driven(), curriculum(growth=10)])
+def test_a_restored_cohort_learns_what_it_would_have_learned(temperature: Schedule, *, schedule: bool) -> None:
+    cohort, restored = networks(changing(temperature)), networks(changing(temperature))
     go_on(cohort, range(4))
     cohort.alarm()
     go_on(cohort, range(4, 8))

@@ -593,7 +593,7 @@ CONFIGURATIONS = [
         beside={"own_list.py": b"def Own(path):\n    return [path]\n"},
     ),
     own("an optimizer that is none", "def Own(p): return 7", "made a int, not a torch Opt", key="peers.0.optimizer"),
-    own("a loss that is none", "def Own(*said): return 7", "gives int", "a loss each", key="distillation.loss"),
+    own("a loss that is none", "def Own(*said): return 7", "gives int", "a value each", key="distillation.loss"),
     own("a loss that fails", "def Own(*said): return 1 / 0", "ZeroDivisionError", key="distillation.loss"),
     own("a module that ends the process", "import sys\nsys.exit(3)", "cannot be imported: SystemExit"),
     own("a module with much to say", "raise ValueError('one\\n' * 60)", "cannot be imported: ValueError: one"),

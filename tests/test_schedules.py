@@ -6,7 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamkd import Signals
-from streamkd.schedules import competence, complement, constant, loss_driven, mission_alpha, mission_temperature
+from streamkd.schedules import (
+    annealing,
+    capacity_prior,
+    capacity_ratio,
+    competence,
+    complement,
+    constant,
+    curriculum,
+    loss_driven,
+    mission_alpha,
+    mission_temperature,
+)
 
 lawful = settings(max_examples=50, deadline=None)
 losses = st.floats(0, 10)
@@ -166,3 +177,49 @@ def test_labels_and_lessons_share_the_whole_where_beta_is_the_complement(alpha: 
 @given(losses, losses, st.integers(2, 100))
 def test_a_constant_hears_no_signal(value: float, loss: float, classes: int) -> None:
     assert constant(value)(Signals(loss=loss, classes=classes, previous=value + 1)) == value
+
+
+@lawful
+@given(st.integers(0, 10_000), st.floats(1, 10), st.floats(1, 10), st.floats(1, 1_000))
+def test_annealing_goes_from_its_start_to_its_end_and_halves_the_way_each_half_life(
+    update: int, start: float, end: float, half_life: float
+) -> None:
+    temperature = annealing(start, end, half_life)
+    assert temperature(Signals(update=0)) == pytest.approx(start)
+    assert temperature(Signals(update=10**9, updates_since_drift=10**9)) == pytest.approx(end)
+    way = [temperature(Signals(update=at)) - end for at in (update, update + 2)]
+    assert way[1] == pytest.approx(way[0] * 0.5 ** (2 / half_life), abs=1e-9)
+    # A changed world is a new one.
+    assert temperature(Signals(update=update, updates_since_drift=0)) == pytest.approx(start)
+
+
+@lawful
+@given(st.integers(0, 5_000), st.floats(-100, 100), st.floats(1, 10))
+def test_a_curriculum_climbs_the_loss_within_its_bounds_and_not_before_it_begins(
+    update: int, slope: float, previous: float
+) -> None:
+    rule = curriculum(minimum=1.0, maximum=10.0, growth=1_000)
+    assert rule(Signals(update=0, slope=slope, previous=previous)) == pytest.approx(previous)
+    value = rule(Signals(update=update, slope=slope, previous=previous))
+    assert 1 <= value <= 10
+    assert previous / 1.1 - 1e-9 <= value <= previous * 1.1 + 1e-9
+    assert (value - previous) * slope >= 0
+    later = rule(Signals(update=update + 500, slope=slope, previous=previous))
+    assert abs(later - previous) >= abs(value - previous) - 1e-12
+
+
+@lawful
+@given(ratios, ratios, st.floats(0.01, 3))
+def test_strength_by_capacity_grows_with_the_ratio_and_is_corrected_to_fall_with_it(
+    ratio: float, scale: float, steepness: float
+) -> None:
+    def at(capacity: float) -> Signals:
+        return Signals(capacity=capacity * scale, teacher_capacity=scale)
+
+    assert 0.5 <= capacity_ratio()(at(ratio)) <= capacity_ratio()(at(ratio * 2)) <= 1
+    assert capacity_ratio(2.0)(at(ratio)) == pytest.approx(1 / (1 + math.exp(-min(2 * ratio, 60))))
+    prior = capacity_prior(2.0, steepness)
+    assert 0 < prior(at(ratio * 2)) <= prior(at(ratio)) <= 2
+    assert prior(at(min(ratio, 1))) == pytest.approx(2)  # an equal, or an abler one: all of it
+    if ratio > 1:
+        assert prior(at(ratio)) == pytest.approx(4 / (1 + ratio**steepness))

@@ -9,7 +9,7 @@ from torch import nn
 from runners.feeds.files import text_file
 from runners.settings import Configuration, load
 from runners.shipped import shipped
-from streamkd import Output, drift, losses, replay, roles, schedules
+from streamkd import Output, drift, losses, per_record, replay, roles, schedules
 from streamkd.config import build_engine, make, public_functions
 from streamkd.errors import ConfigError
 from streamkd.settings import Part, keys
@@ -99,6 +99,10 @@ def test_a_wrong_setting_is_refused_with_its_key_its_value_and_the_remedy(overri
         ("distillation.loss=[{kind='kd'}, {kind='dits'}]", ["distillation.loss.parts.1.kind", "did you mean dist?"]),
         ("distillation.loss=[{kind='kd', weight=-1}]", ["distillation.loss.parts.0.weight = -1"]),
         ("distillation.loss=[{weight=1}]", ["distillation.loss.parts.0.kind: missing"]),
+        ("distillation.per_record=certanty", ["distillation.per_record.kind", "did you mean certainty?"]),
+        ("distillation.per_record={kind='difficulty', low=2}", ["distillation.per_record.low = 2"]),
+        ("distillation.temperature={kind='curriculum', start=0}", ["distillation.temperature.start = 0"]),
+        ("distillation.widest_gap=0", ["distillation.widest_gap = 0"]),
         ("distillation.loss=[]", ["distillation.loss.parts", "at least 1"]),
         ("drift.detector.kind=adwin2", ["drift.detector.kind", "did you mean adwin?"]),
         ("drift.detector.kind=nowhere:Thing", ["drift.detector.kind", "nowhere"]),
@@ -209,7 +213,22 @@ FAMILIES: list[tuple[Any, set[str]]] = [
             "soft_label",
         },
     ),
-    (schedules, {"constant", "mission_temperature", "loss_driven", "mission_alpha", "competence", "complement"}),
+    (
+        schedules,
+        {
+            "constant",
+            "mission_temperature",
+            "loss_driven",
+            "annealing",
+            "curriculum",
+            "mission_alpha",
+            "capacity_ratio",
+            "capacity_prior",
+            "competence",
+            "complement",
+        },
+    ),
+    (per_record, {"even", "certainty", "difficulty"}),
     (drift, {"adwin", "kswin", "page_hinkley", "ddm", "eddm", "hddm_a", "hddm_w", "fhddm", "never"}),
     (replay, {"ring", "lowest", "reservoir"}),
     (roles, {"tested", "mission", "never"}),
