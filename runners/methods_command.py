@@ -11,7 +11,7 @@ from typing import Any
 
 from docstring_parser import parse
 
-from streamkd import drift, losses, per_record, replay, roles, schedules
+from streamkd import adapters, drift, features, losses, per_record, replay, roles, schedules
 from streamkd.config import public_functions
 from streamkd.errors import ConfigError
 from streamkd.settings import did_you_mean
@@ -47,7 +47,9 @@ class Family:
 TAUGHT = ("student", "teacher", "y", "temperature")
 FAMILIES = (
     Family("losses", "distillation.loss", losses, TAUGHT),
-    Family("schedules", "distillation.temperature, .alpha, .beta", schedules),
+    Family("feature losses", "distillation.features", features, ("student", "teacher")),
+    Family("adapters", "distillation.features.adapter", adapters, ("student", "teacher")),
+    Family("schedules", "distillation.temperature, .alpha, .beta, .feature_weight", schedules),
     Family("softness", "distillation.per_record", per_record, TAUGHT),
     Family("selectors", "roles.rule", roles),
     Family("detectors", "drift.detector", drift),

@@ -2,7 +2,7 @@
 
 A small cohort of peer models predicts every batch, then learns it: from the labels, from one another, and from
 prioritized memories of the past. To read in this order: `batch`, `engine`, `cohort`, `peer`, `served`, `pool`,
-`schedules`, `losses`, `replay`, `drift`.
+`schedules`, `losses`, `features`, `replay`, `drift`.
 """
 
 from streamkd.batch import UNLABELLED, Batch, Output

@@ -51,7 +51,7 @@ class Output:
 
     Attributes:
         logits: `[..., n, classes]`; leading dimensions, where there are any, count pairs of peers.
-        features: `[..., n, width]`, the last layer before the logits, where the model gives it.
+        features: `[n, width]`, `[n, positions, width]` or `[n, channels, h, w]`, of one layer, where it is told.
     """
 
     logits: Tensor

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from streamkd.batch import Output, labelled
 from streamkd.faults import at_fault
+from streamkd.features import FeatureLoss
 from streamkd.gradients import slope, with_gradient
 from streamkd.lesson import Learned, Lesson
 from streamkd.logits import UNSEEN, cross_entropy, labels_loss, mask_unseen
@@ -46,6 +47,9 @@ class Distillation:
         widest_gap: the ratio of a teacher's capacity to its student's past which alpha is weakened, by the ratio of
             this to it.
         beta: a schedule, a value a student: the weight of the labels.
+        features: what a student learns from the features of its teacher, per example, of the functions of `features`;
+            None for nothing. It needs `Tapped` models, and teachers that are peers themselves.
+        feature_weight: a schedule, a value a pair: the weight of that.
         gate: `better` drops a lesson on records where the teacher is not closer to the label than the student; `soft`
             weighs it by 2 sigmoid(2 (CE_student - CE_teacher)); `open` takes every lesson.
         cap: on no record may the distillation's gradient at the logits outweigh the label's.
@@ -67,6 +71,8 @@ class Distillation:
     alpha: Schedule = field(default_factory=competence)
     widest_gap: float = math.inf
     beta: Schedule = field(default_factory=lambda: constant(1.0))
+    features: FeatureLoss | None = None
+    feature_weight: Schedule = field(default_factory=lambda: constant(1.0))
     gate: str = "better"
     cap: bool = True
     burn_in: int = 10
@@ -117,6 +123,7 @@ class Cohort:
         self.temperatures: list[float | None] = [None] * size
         self.alphas: dict[tuple[int, int], float] = {}
         self.betas: list[float] = [1.0] * size
+        self.feature_weights: dict[tuple[int, int], float] = {}
         self.softness = [1.0] * size  # temperatures, boosted after an alarm
         self.slopes = [0.0] * size  # of the distillation loss by ln T, for a curriculum
         self.groups = grouped(self.peers)
@@ -161,8 +168,9 @@ class Cohort:
         self._lessons = None
         burning_in = self.updates < rule.burn_in
         boost = 1 + (rule.temperature_boost - 1) * self._alertness()
-        alphas, betas = self.alphas, self.betas
+        alphas, betas, weights = self.alphas, self.betas, self.feature_weights
         self.alphas, self.betas = {}, [1.0] * len(self)  # who listens to nobody has its labels alone
+        self.feature_weights = {}
         for source, student in self.pairs(teacher):
             if burning_in:
                 self.alphas[source, student] = 0.0
@@ -172,7 +180,11 @@ class Cohort:
             signals = self._signals(student, by, classes, previous=alphas.get((source, student)))
             alpha = rule.alpha(signals) * min(1.0, rule.widest_gap * signals.capacity / signals.teacher_capacity)
             self.alphas[source, student] = alpha
-            self.betas[student] = rule.beta(self._signals(student, by, classes, alpha=alpha, previous=betas[student]))
+            signals = replace(signals, alpha=alpha)
+            self.betas[student] = rule.beta(replace(signals, previous=betas[student]))
+            if rule.features is not None:
+                signals = replace(signals, previous=weights.get((source, student)))
+                self.feature_weights[source, student] = rule.feature_weight(signals)
         self.temperatures = [
             rule.temperature(self._signals(student, teacher, classes, previous=previous))
             for student, previous in enumerate(self.temperatures)
@@ -219,6 +231,10 @@ class Cohort:
                 room = gradient.norm(dim=-1) / soft_gradient.norm(dim=-1).clamp(min=1e-12)
                 soft_gradient = soft_gradient * room.clamp(max=1.0)[..., None]
             gradient = gradient + soft_gradient
+        hints: dict[int, Tensor] = {}
+        if self.feature_weights:
+            hints, told = self._hints(hard, lesson)
+            soft = soft + told
         if lesson.targets is not None:  # the gradient of KL(target || answer) where there is no label
             gradient = torch.where(labelled(lesson.y)[:, None], gradient, p - lesson.targets)
         gradient = functional.pad(gradient * lesson.weights[:, None], rest)
@@ -226,7 +242,8 @@ class Cohort:
         norms = [0.0 if math.isfinite(loss) else math.nan for loss in hard.sum(1).tolist()]
         for group in self.groups:
             own = gradient if len(self.groups) == 1 else gradient[group.members]
-            for index, norm in zip(group.members, group.back(own), strict=True):
+            hint = hints.get(group.members[0]) if hints else None
+            for index, norm in zip(group.members, group.back(own, hint), strict=True):
                 norms[index] += norm
         if self._frozen(teacher, teacher):
             norms[teacher] = 0.0
@@ -320,6 +337,26 @@ class Cohort:
             torch.zeros_like(logits).index_add_(0, rule.students, gradient),
         )
 
+    def _hints(self, hard: Tensor, lesson: Lesson) -> tuple[dict[int, Tensor], Tensor]:
+        """What each student is to learn from features: a loss with its gradient; and `[peers, m]`, weighted."""
+        compared = self.distillation.features
+        features = {i: said for group in self.groups for i, said in zip(group.members, group.features, strict=True)}
+        students = [student for _, student in self.feature_weights]
+        hints: dict[int, Tensor] = {}
+        told = torch.zeros_like(hard)
+        for (source, student), weight in self.feature_weights.items():
+            own, taught, peer = features[student], features[source], self.peers[student]
+            if not weight or own is None or taught is None or compared is None or not isinstance(peer, Peer):
+                continue
+            taught = taught.detach()
+            gate = self._gate(hard[student], hard[source]) * labelled(lesson.y) * weight / students.count(student)
+            if not bool(taught.isfinite().all()):  # a teacher that broke down teaches nothing
+                continue
+            loss = compared(peer.adapt(self.names[source], own, taught), taught)
+            told[student] += gate * loss.detach()
+            hints[student] = hints.get(student, 0) + (lesson.weights * gate * loss).sum()
+        return hints, told
+
     @torch.no_grad()
     def _taught(
         self, logits: Tensor, hard: Tensor, lesson: Lesson, rule: "_Lessons", *, seen: Tensor, weights: Tensor
@@ -386,9 +423,7 @@ class Cohort:
         """1 at an alarm, halving every `boost_half_life` updates."""
         return float(0.5 ** ((self.updates - self.drift_update) / self.distillation.boost_half_life))
 
-    def _signals(
-        self, student: int, teacher: int, classes: int, *, previous: float | None, alpha: float = 0.0
-    ) -> Signals:
+    def _signals(self, student: int, teacher: int, classes: int, *, previous: float | None) -> Signals:
         capacity, teacher_capacity = self.peers[student].capacity, self.peers[teacher].capacity
         known = capacity and teacher_capacity
         return Signals(
@@ -401,7 +436,6 @@ class Cohort:
             teacher_accuracy=self.accuracies[teacher],
             capacity=capacity if known else 1,
             teacher_capacity=teacher_capacity if known else 1,
-            alpha=alpha,
             slope=self.slopes[student],
             previous=previous,
         )
@@ -419,6 +453,7 @@ class Cohort:
             "softness": list(self.softness),
             "alphas": [[source, student, alpha] for (source, student), alpha in self.alphas.items()],
             "betas": list(self.betas),
+            "feature_weights": [[*pair, weight] for pair, weight in self.feature_weights.items()],
             "slopes": list(self.slopes),
         }
 
@@ -433,4 +468,5 @@ class Cohort:
         self.temperatures, self.betas = list(state["temperatures"]), list(state["betas"])
         self.softness = list(state["softness"])
         self.slopes = list(state["slopes"])
+        self.feature_weights = {(source, student): weight for source, student, weight in state["feature_weights"]}
         self.alphas = {(source, student): alpha for source, student, alpha in state["alphas"]}

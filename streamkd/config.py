@@ -16,11 +16,12 @@ import torch
 from pydantic import BaseModel, ValidationError, create_model, validate_call
 from torch import nn
 
-from streamkd import drift, losses, models, per_record, replay, roles, schedules
+from streamkd import adapters, drift, features, losses, models, per_record, replay, roles, schedules
 from streamkd.batch import Output
 from streamkd.cohort import Distillation
 from streamkd.engine import Engine
 from streamkd.errors import ConfigError, one_screen, reason
+from streamkd.features import FeatureLoss
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Pending
 from streamkd.peer import MakeOptimizer, Peer
@@ -28,7 +29,8 @@ from streamkd.pool import LabelRates, Pool
 from streamkd.river_peer import RiverPeer
 from streamkd.roles import Election
 from streamkd.served import Served
-from streamkd.settings import EngineSettings, LossSum, Part, complaints, did_you_mean, validate
+from streamkd.settings import EngineSettings, LossSum, Part, PeerSettings, complaints, did_you_mean, validate
+from streamkd.taps import MAP, Tapped
 
 RIVER = "river:"
 RESERVED = ("served", "no-change", "majority")
@@ -64,6 +66,8 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
             widest_gap=rule.widest_gap,
             alpha=_schedule(rule.alpha, "distillation.alpha"),
             beta=_schedule(rule.beta, "distillation.beta"),
+            features=_feature_loss(rule.features),
+            feature_weight=_schedule(rule.feature_weight, "distillation.feature_weight"),
             gate=rule.gate,
             burn_in=rule.burn_in,
             freeze_after=rule.freeze_after,
@@ -198,18 +202,25 @@ def _election(settings: EngineSettings) -> Election:
 
 def _peers(settings: EngineSettings, shape: Sequence[int]) -> Iterator[Peer | RiverPeer]:
     names = [peer.name for peer in settings.peers]
+    builds = {}
     for index, peer in enumerate(settings.peers):
         key = f"peers.{index}"
         if names.count(peer.name) > 1 or peer.name in RESERVED:
             raise ConfigError(
                 f"{key}.name = {peer.name!r}: taken; give each peer a name of its own, none of {', '.join(RESERVED)}"
             )
-        if peer.model.kind.startswith(RIVER):
+        if not peer.model.kind.startswith(RIVER):
+            builds[peer.name] = _model(peer.model, shape, settings.max_classes, f"{key}.model")
+    if settings.distillation.features.kind != "none":
+        builds = _tapped(builds, settings, shape)
+    for index, peer in enumerate(settings.peers):
+        key = f"peers.{index}"
+        if peer.name not in builds:
             yield _river_peer(peer.name, peer.model, settings, index)
             continue
         made = Peer(
             peer.name,
-            _model(peer.model, shape, settings.max_classes, f"{key}.model"),
+            builds[peer.name],
             _optimizer(peer.optimizer, f"{key}.optimizer"),
             horizon=peer.ema_horizon,
             clip=peer.clip,
@@ -217,6 +228,76 @@ def _peers(settings: EngineSettings, shape: Sequence[int]) -> Iterator[Peer | Ri
         )
         _check_output(made, shape, settings.max_classes, peer.model, f"{key}.model")
         yield made
+
+
+Build = Callable[[], nn.Module]
+
+
+def _tapped(builds: Mapping[str, Build], settings: EngineSettings, shape: Sequence[int]) -> dict[str, Build]:
+    """Put a tap on each model, and an adapter between every two: who will teach whom is not known before."""
+    rule = settings.distillation
+    if rule.scheme in {"ensemble", "average"}:
+        raise ConfigError(
+            f"distillation.features.kind = {rule.features.kind!r}: needs a teacher that is a peer, and under "
+            f"distillation.scheme = {rule.scheme!r} there is none; leader, mutual and static have one"
+        )
+    keys = {peer.name: (f"peers.{index}.features", peer) for index, peer in enumerate(settings.peers)}
+    heard = {name: _features(build, *keys[name], shape) for name, build in builds.items()}
+    compared = _feature_loss(rule.features)
+
+    def build(name: str, own: torch.Tensor) -> nn.Module:
+        made = builds[name]()  # before the adapters, so that its weights are what they would be without them
+        adapters = {
+            other: adapter
+            for other, theirs in heard.items()
+            if other != name and (adapter := _adapter(rule.features.adapter, own, theirs)) is not None
+        }
+        return Tapped(made, keys[name][1].features, adapters)
+
+    def tried(name: str, own: torch.Tensor) -> None:
+        model = build(name, own)
+        for other, theirs in heard.items():
+            if other != name and compared is not None and isinstance(model, Tapped):
+                said = compared(model.adapt(other, own, theirs), theirs)
+                if said.shape != own.shape[:1]:
+                    raise ValueError(f"gives {list(said.shape)} for two records; [2] is needed, a value each")
+
+    with torch.random.fork_rng():
+        for name, own in heard.items():
+            _tried(partial(tried, name, own), rule.features, f"distillation.features, for {name}")
+    return {name: partial(build, name, own) for name, own in heard.items()}
+
+
+def _features(build: Build, key: str, peer: PeerSettings, shape: Sequence[int]) -> torch.Tensor:
+    """Return the features of two records of zeros."""
+    part = Part(kind=peer.features or "last linear")
+
+    def told() -> torch.Tensor:
+        heard = Tapped(build(), peer.features).eval()(torch.zeros(2, *shape)).features
+        if not isinstance(heard, torch.Tensor) or not 1 < heard.dim() <= 1 + MAP:
+            found = list(heard.shape) if isinstance(heard, torch.Tensor) else type(heard).__name__
+            raise ValueError(f"its output is {found}; a vector, positions or a map a record is needed")
+        return heard
+
+    with torch.random.fork_rng(), torch.no_grad():
+        return cast("torch.Tensor", _tried(told, part, key))
+
+
+def _feature_loss(part: Part) -> FeatureLoss | None:
+    if part.kind == "none":
+        return None
+    key = "distillation.features"
+    named = find(part, features, key, given=("student", "teacher"))
+    options = checked_options(named, part, key)
+    return partial(named, **options) if options else cast("FeatureLoss", named)
+
+
+def _adapter(part: Part, own: torch.Tensor, other: torch.Tensor) -> nn.Module | None:
+    if part.kind == "none":
+        return None
+    key, given = "distillation.features.adapter", {"student": list(own.shape[1:]), "teacher": list(other.shape[1:])}
+    named = find(part, adapters, key, given=tuple(given))
+    return cast("nn.Module", named(**given, **checked_options(named, part, key)))
 
 
 def _river_peer(name: str, part: Part, settings: EngineSettings, index: int) -> RiverPeer:

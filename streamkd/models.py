@@ -9,7 +9,8 @@ from itertools import pairwise
 from math import prod
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 def mlp(
@@ -51,6 +52,48 @@ def cnn(shape: Sequence[int], classes: int, *, channels: Sequence[int] = (32, 64
     halvings = 2 ** len(channels)
     flat = channels[-1] * prod(-(-side // halvings) for side in shape[1:])
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(flat, width), nn.ReLU(), nn.Linear(width, classes))
+
+
+class _Transformer(nn.Module):
+    """Patches of an image to tokens, through the layers, to their mean."""
+
+    def __init__(self, shape: Sequence[int], classes: int, *, patch: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        channels, *sides = shape
+        self.patches = nn.Conv2d(channels, width, patch, stride=patch)
+        self.places = nn.Parameter(0.02 * torch.randn(prod(side // patch for side in sides), width))
+        layer = nn.TransformerEncoderLayer(
+            width, heads, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.encoder(self.patches(x).flatten(2).transpose(1, 2) + self.places)
+        logits: Tensor = self.head(tokens.mean(1))
+        return logits
+
+
+def vit(
+    shape: Sequence[int], classes: int, *, patch: int = 4, width: int = 64, depth: int = 2, heads: int = 4
+) -> nn.Module:
+    """Build a small vision transformer (Dosovitskiy et al. 2021) for images `[channels, height, width]`.
+
+    Its tokens, `[patches, width]`, are what its layer `encoder` puts out; their mean goes to the logits.
+
+    Args:
+        shape: of one record.
+        classes: width of the logits.
+        patch: side of a patch, in pixels; what is left over at the edges is not seen.
+        width: of a token.
+        depth: layers.
+        heads: of the attention; they divide `width`.
+    """
+    if len(shape) != len(("channels", "height", "width")) or min(shape[1:]) < patch:
+        raise ValueError(
+            f"a vit takes records of shape [channels, height, width], at least {patch} high and wide, not {list(shape)}"
+        )
+    return _Transformer(shape, classes, patch=patch, width=width, depth=depth, heads=heads)
 
 
 def torchvision_model(name: str, classes: int, **options: Any) -> nn.Module:

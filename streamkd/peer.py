@@ -4,12 +4,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from streamkd.batch import Output
+from streamkd.taps import Tapped, as_output, plain
 
 KEEP_EVERY = 128
 """Steps between two copies of the weights, to which a peer can be rolled back."""
@@ -52,7 +53,7 @@ class Peer:
         self._build, self._make_optimizer, self._horizon, self._seed = build, optimizer, horizon, seed
         self._device = torch.device("cpu")
         self._start({})
-        self.capacity = max(1, sum(p.numel() for p in self._parameters))
+        self.capacity = max(1, sum(p.numel() for p in plain(self.module).parameters()))
 
     def _start(self, weights: Mapping[str, Any]) -> None:
         self.stuck = self.taken = 0
@@ -174,6 +175,10 @@ class Peer:
         for before, now in self._buffers:
             now.copy_(before)
 
+    def adapt(self, teacher: str, own: Tensor, other: Tensor) -> Tensor:
+        """Take own features to the shape of the teacher's; see `Tapped`."""
+        return self.module.adapt(teacher, own, other) if isinstance(self.module, Tapped) else own
+
     def shapes(self) -> dict[str, Any]:
         """Return what must be the same for a checkpoint to fit: the shape of every weight, by name."""
         return _shapes(self.module.state_dict())
@@ -208,15 +213,6 @@ class Peer:
 def _switch(module: nn.Module, *, training: bool) -> None:
     if module.training != training:  # walks through all layers, so only when it changes anything
         module.train(training)
-
-
-def as_output(said: Any) -> Output:
-    """Accept a model that returns plain logits, or logits among other things (torchvision's auxiliary outputs)."""
-    if isinstance(said, Output):
-        return said
-    if isinstance(said, tuple):
-        return Output(cast("Tensor", getattr(said, "logits", said[0])))
-    return Output(said)
 
 
 def _alike(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:

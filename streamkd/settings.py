@@ -58,6 +58,9 @@ class PeerSettings(Settings):
     name: str = Field(min_length=1)
     model: Part = Part(kind="mlp")
     optimizer: Part = Part.model_validate({"kind": "sgd", "lr": 0.1})
+    features: Annotated[
+        str, Field(description="layer of the model whose output is compared; the last linear's input")
+    ] = ""
     ema_horizon: Annotated[float, Field(ge=1, description="updates that the averaged weights look back")] = 10.0
     clip: Annotated[float, Field(gt=0, description="largest norm of the gradient")] = 2.0
 
@@ -84,6 +87,12 @@ def _named(value: Any) -> Any:
     return {"kind": value} if isinstance(value, str) else value
 
 
+class FeaturePart(Part):
+    """A loss on features, and the adapter to the teacher's."""
+
+    adapter: Annotated[Part, BeforeValidator(_named)] = Part(kind="none")
+
+
 class DistillationSettings(Settings):
     """How peers teach one another."""
 
@@ -94,6 +103,8 @@ class DistillationSettings(Settings):
     alpha: Part = Part(kind="competence")
     widest_gap: Annotated[float, Field(gt=0, description="of capacities, past which alpha is weakened")] = math.inf
     beta: Part = Part.model_validate({"kind": "constant", "value": 1.0})
+    features: Annotated[FeaturePart, BeforeValidator(_named)] = FeaturePart(kind="none")
+    feature_weight: Part = Part.model_validate({"kind": "constant", "value": 1.0})
     gate: Literal["better", "soft", "open"] = "better"
     cap: bool = True
     burn_in: Count = 10

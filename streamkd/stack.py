@@ -19,6 +19,8 @@ class Group(Protocol):
     """Peers that are asked and taught together. Every tensor has them in the order of `members`."""
 
     members: list[int]
+    features: list[Tensor | None]
+    """What each member's model told in `learn` beside its logits, `[n, ...]`, with its gradient; or None."""
 
     def predict(self, x: Tensor) -> Tensor:
         """Answer `x` `[n, ...]`: logits `[2 * members, n, classes]`, the peers' first, then their averages'."""
@@ -26,8 +28,12 @@ class Group(Protocol):
     def learn(self, x: Tensor) -> Tensor:
         """Answer `x` in training mode: logits `[members, n, classes]`, and be ready for `back`."""
 
-    def back(self, gradient: Tensor) -> list[float]:
+    def back(self, gradient: Tensor, hint: Tensor | None = None) -> list[float]:
         """Bring each member its gradient, from that at the logits of `learn`, and shorten it to the member's `clip`.
+
+        Args:
+            gradient: `[members, n, classes]`.
+            hint: a loss made from `features`, whose gradient is added.
 
         Returns:
             The norms before.
@@ -61,6 +67,7 @@ class Single:
 
     def __init__(self, index: int, peer: Peer | RiverPeer) -> None:
         self.members = [index]
+        self.features: list[Tensor | None] = [None]
         self.peer = peer
 
     def predict(self, x: Tensor) -> Tensor:
@@ -69,13 +76,16 @@ class Single:
 
     def learn(self, x: Tensor) -> Tensor:
         """See `Group`."""
-        self._logits = self.peer.learn(x).logits
+        said = self.peer.learn(x)
+        self._logits, self.features = said.logits, [said.features]
         return self._logits.detach()[None]
 
-    def back(self, gradient: Tensor) -> list[float]:
+    def back(self, gradient: Tensor, hint: Tensor | None = None) -> list[float]:
         """See `Group`."""
         if self._logits.requires_grad:
-            self._logits.backward(gradient[0])  # type: ignore[no-untyped-call]
+            self._logits.backward(gradient[0], retain_graph=hint is not None)  # type: ignore[no-untyped-call]
+        if hint is not None and hint.requires_grad:
+            hint.backward()  # type: ignore[no-untyped-call]
         return [self.peer.clip_gradient()]
 
     def step(self, norms: Sequence[float | None], rate: float) -> None:
@@ -106,6 +116,7 @@ class Stack:
 
     def __init__(self, members: list[int], peers: Sequence[Peer]) -> None:
         self.members = members
+        self.features: list[Tensor | None] = [None] * len(members)  # of these nobody asks: a `Tapped` model is no stack
         self.peers = list(peers)
         self.adopt()
 
@@ -160,7 +171,7 @@ class Stack:
         return _through(self._members, x)
 
     @torch.no_grad()
-    def back(self, gradient: Tensor) -> list[float]:
+    def back(self, gradient: Tensor, hint: Tensor | None = None) -> list[float]:  # noqa: ARG002 - there are no features
         """See `Group`."""
         for layer in reversed(self._members):
             gradient = layer.back(gradient)

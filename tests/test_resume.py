@@ -12,12 +12,11 @@ from streamkd import checkpoint
 CUT = 71
 RECOMPUTED = {
     # The schedules set these before every lesson; what they remember comes back to them as `signals.previous`, which
-    # none of those in use here looks at.
+    # none of those in use here looks at, but for the temperature's.
     "cohort.alphas",
     "cohort.betas",
     "cohort.softness",
-    # The schedule of this engine's temperature is the default one, and three classes leave it where it is.
-    "cohort.temperatures",
+    "cohort.feature_weights",
     # Counters that are told and not used.
     "cohort.peers.a.stuck",
     "cohort.peers.b.stuck",

@@ -21,8 +21,11 @@ from streamkd import (
     ReplayBuffer,
 )
 from streamkd.drift import adwin
+from streamkd.features import similarity_preserving
 from streamkd.models import mlp
 from streamkd.roles import mission
+from streamkd.schedules import curriculum
+from streamkd.taps import Tapped
 
 CLASSES = 4
 
@@ -68,11 +71,13 @@ class Droopy(nn.Module):
         return logits
 
 
-def engine(**options: Any) -> Engine:
+def engine(*, tapped: bool = False, **options: Any) -> Engine:
+    wrap = (lambda build: lambda: Tapped(build())) if tapped else lambda build: build
+    first, second = (wrap(partial(mlp, (5,), CLASSES, widths=(width,))) for width in (16, 8))
     peers = [
-        Peer("a", partial(mlp, (5,), CLASSES, widths=(16,)), partial(torch.optim.SGD, lr=0.3, momentum=0.5), seed=1),
-        Peer("b", partial(mlp, (5,), CLASSES, widths=(8,)), partial(torch.optim.Adam, lr=0.01), seed=2),
-        Peer("c", Droopy, partial(torch.optim.SGD, lr=0.03), seed=3),
+        Peer("a", first, partial(torch.optim.SGD, lr=0.3, momentum=0.5), seed=1),
+        Peer("b", second, partial(torch.optim.Adam, lr=0.01), seed=2),
+        Peer("c", wrap(Droopy), partial(torch.optim.SGD, lr=0.03), seed=3),
     ]
     return Engine(peers, CLASSES, **options)
 
@@ -80,11 +85,18 @@ def engine(**options: Any) -> Engine:
 def lively() -> Engine:
     """An engine in which every part is at work: swaps come easily, and alarms."""
     return engine(
+        tapped=True,
         election=Election(3, rule=mission(), every=4, tenure=8, tenure_drift=2),
         drift=DriftWatch(adwin(delta=0.05)),
         replay=ReplayBuffer(200, seed=5),
         distillation=Distillation(
-            scheme="mutual", gate="soft", effort_boost=1.0, rate_boost=2.0, temperature_boost=1.5
+            scheme="mutual",
+            temperature=curriculum(growth=20),
+            features=similarity_preserving,
+            gate="soft",
+            effort_boost=1.0,
+            rate_boost=2.0,
+            temperature_boost=1.5,
         ),
         pool=Pool(6, LabelRates(CLASSES), rate=0.01),
         recall=Recall(stride=16),
