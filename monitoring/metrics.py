@@ -158,7 +158,7 @@ class Metrics:
         self.transfer = gauge(
             "transfer_efficiency", "Mutual information of the answers over the teacher's entropy.", "student"
         )
-        self.capacity = gauge("capacity_ratio", "Parameters over the teacher's.", "student")
+        self.capacity = gauge("capacity_ratio", "Capacity over the teacher's.", "student")
         self.teacher = gauge("teacher", "1 for the teacher in office.", "peer")
         self.swaps = counter("role_swaps_total", "Changes of the teacher in office.", "reason")
         self.drifts = counter("drift_detections_total", "Alarms.", "detector", "signal")

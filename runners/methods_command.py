@@ -11,7 +11,7 @@ from typing import Any
 
 from docstring_parser import parse
 
-from streamkd import adapters, drift, features, losses, per_record, replay, roles, schedules
+from streamkd import adapters, capacity, drift, features, losses, per_record, replay, roles, schedules
 from streamkd.config import public_functions
 from streamkd.errors import ConfigError
 from streamkd.settings import did_you_mean
@@ -50,6 +50,7 @@ FAMILIES = (
     Family("feature losses", "distillation.features", features, ("student", "teacher")),
     Family("adapters", "distillation.features.adapter", adapters, ("student", "teacher")),
     Family("schedules", "distillation.temperature, .alpha, .beta, .feature_weight", schedules),
+    Family("capacities", "distillation.capacity", capacity),
     Family("softness", "distillation.per_record", per_record, TAUGHT),
     Family("selectors", "roles.rule", roles),
     Family("detectors", "drift.detector", drift),

@@ -275,6 +275,7 @@ def state_bearing(configuration: Configuration) -> dict[str, str]:
         "max_classes": str(configuration.max_classes),
         "inputs.standardise": str(configuration.inputs.standardise),
         "replay.capacity": str(configuration.replay.capacity),
+        "distillation.capacity": configuration.distillation.capacity.kind,
         "drift.detector": str(configuration.drift.detector.model_dump()),
         **{f"peers.{peer.name}.optimizer.kind": peer.optimizer.kind for peer in configuration.peers},
     }

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from streamkd.batch import Output, labelled
+from streamkd.capacity import Capacity
 from streamkd.faults import at_fault
 from streamkd.features import FeatureLoss
 from streamkd.gradients import slope, with_gradient
@@ -106,9 +107,19 @@ class Cohort:
     Updates are simultaneous: every student learns from what its teachers said before anyone's step (the paper of deep
     mutual learning alternates). The gradient at the logits is computed first, so that distillation can be held to the
     size of the hard gradient on every record; then one backward pass serves all peers.
+
+    Args:
+        peers: with names of their own.
+        distillation: how they teach one another.
+        capacity: what their capacities are measured by, started; by default they are numbers of parameters.
     """
 
-    def __init__(self, peers: Sequence[Peer | RiverPeer], distillation: Distillation | None = None) -> None:
+    def __init__(
+        self,
+        peers: Sequence[Peer | RiverPeer],
+        distillation: Distillation | None = None,
+        capacity: Capacity | None = None,
+    ) -> None:
         self.peers = list(peers)
         if len({peer.name for peer in self.peers}) < len(self.peers):
             raise ValueError(f"peers need names of their own; these are {[peer.name for peer in self.peers]}")
@@ -125,6 +136,8 @@ class Cohort:
         self.betas: list[float] = [1.0] * size
         self.feature_weights: dict[tuple[int, int], float] = {}
         self.softness = [1.0] * size  # temperatures, boosted after an alarm
+        self.capacity = capacity
+        self.capacities = list(capacity.values) if capacity else [float(peer.capacity) for peer in self.peers]
         self.slopes = [0.0] * size  # of the distillation loss by ln T, for a curriculum
         self.groups = grouped(self.peers)
         order = [index for group in self.groups for index in group.members]
@@ -247,6 +260,9 @@ class Cohort:
                 norms[index] += norm
         if self._frozen(teacher, teacher):
             norms[teacher] = 0.0
+        if self.capacity is not None and self.capacity.online:
+            self.capacity.update(p, lesson.y, self._features())
+            self.capacities = list(self.capacity.values)
         return Learned(lesson, hard.mean(0), hard, soft, divergence, leaf.argmax(-1), rule.betas, norms)
 
     def _without_faulty(self, lesson: Lesson, learned: Learned, backward: Callable[[Lesson], Learned]) -> Learned:
@@ -337,10 +353,14 @@ class Cohort:
             torch.zeros_like(logits).index_add_(0, rule.students, gradient),
         )
 
+    def _features(self) -> list[Tensor | None]:
+        """What each peer's model told beside its logits when it last learned."""
+        told = {i: said for group in self.groups for i, said in zip(group.members, group.features, strict=True)}
+        return [told[index] for index in range(len(self))]
+
     def _hints(self, hard: Tensor, lesson: Lesson) -> tuple[dict[int, Tensor], Tensor]:
         """What each student is to learn from features: a loss with its gradient; and `[peers, m]`, weighted."""
-        compared = self.distillation.features
-        features = {i: said for group in self.groups for i, said in zip(group.members, group.features, strict=True)}
+        compared, features = self.distillation.features, self._features()
         students = [student for _, student in self.feature_weights]
         hints: dict[int, Tensor] = {}
         told = torch.zeros_like(hard)
@@ -424,7 +444,7 @@ class Cohort:
         return float(0.5 ** ((self.updates - self.drift_update) / self.distillation.boost_half_life))
 
     def _signals(self, student: int, teacher: int, classes: int, *, previous: float | None) -> Signals:
-        capacity, teacher_capacity = self.peers[student].capacity, self.peers[teacher].capacity
+        capacity, teacher_capacity = self.capacities[student], self.capacities[teacher]
         known = capacity and teacher_capacity
         return Signals(
             update=self.updates,
@@ -455,6 +475,7 @@ class Cohort:
             "betas": list(self.betas),
             "feature_weights": [[*pair, weight] for pair, weight in self.feature_weights.items()],
             "slopes": list(self.slopes),
+            "capacity": {} if self.capacity is None else self.capacity.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -468,5 +489,8 @@ class Cohort:
         self.temperatures, self.betas = list(state["temperatures"]), list(state["betas"])
         self.softness = list(state["softness"])
         self.slopes = list(state["slopes"])
+        if self.capacity is not None:
+            self.capacity.load_state_dict(state["capacity"])
+            self.capacities = list(self.capacity.values)
         self.feature_weights = {(source, student): weight for source, student, weight in state["feature_weights"]}
         self.alphas = {(source, student): alpha for source, student, alpha in state["alphas"]}

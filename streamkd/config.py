@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ValidationError, create_model, validate_call
 from torch import nn
 
-from streamkd import adapters, drift, features, losses, models, per_record, replay, roles, schedules
+from streamkd import adapters, capacity, drift, features, losses, models, per_record, replay, roles, schedules
 from streamkd.batch import Output
 from streamkd.cohort import Distillation
 from streamkd.engine import Engine
@@ -54,9 +54,14 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
     memory = settings.replay.model_dump(include={"capacity", "alpha", "beta", "beta_records", "cap"})
     watch, rehearsal = settings.drift, settings.replay
     scaling = settings.inputs
+    measure: capacity.Capacity = make(rule.capacity, capacity, "distillation.capacity")
+    peers = list(_peers(settings, shape, tapped=measure.online or rule.features.kind != "none"))
+    models = [peer.module if isinstance(peer, Peer) else None for peer in peers]
+    _tried(lambda: measure.start(models, torch.zeros(1, *shape)), rule.capacity, "distillation.capacity")
     return Engine(
-        list(_peers(settings, shape)),
+        peers,
         settings.max_classes,
+        capacity=measure,
         distillation=Distillation(
             scheme=rule.scheme,
             cap=rule.cap,
@@ -200,7 +205,7 @@ def _election(settings: EngineSettings) -> Election:
     return Election(len(settings.peers), rule=rule, **settings.roles.model_dump(exclude={"rule"}))
 
 
-def _peers(settings: EngineSettings, shape: Sequence[int]) -> Iterator[Peer | RiverPeer]:
+def _peers(settings: EngineSettings, shape: Sequence[int], *, tapped: bool) -> Iterator[Peer | RiverPeer]:
     names = [peer.name for peer in settings.peers]
     builds = {}
     for index, peer in enumerate(settings.peers):
@@ -211,7 +216,7 @@ def _peers(settings: EngineSettings, shape: Sequence[int]) -> Iterator[Peer | Ri
             )
         if not peer.model.kind.startswith(RIVER):
             builds[peer.name] = _model(peer.model, shape, settings.max_classes, f"{key}.model")
-    if settings.distillation.features.kind != "none":
+    if tapped:
         builds = _tapped(builds, settings, shape)
     for index, peer in enumerate(settings.peers):
         key = f"peers.{index}"
@@ -236,7 +241,7 @@ Build = Callable[[], nn.Module]
 def _tapped(builds: Mapping[str, Build], settings: EngineSettings, shape: Sequence[int]) -> dict[str, Build]:
     """Put a tap on each model, and an adapter between every two: who will teach whom is not known before."""
     rule = settings.distillation
-    if rule.scheme in {"ensemble", "average"}:
+    if rule.features.kind != "none" and rule.scheme in {"ensemble", "average"}:
         raise ConfigError(
             f"distillation.features.kind = {rule.features.kind!r}: needs a teacher that is a peer, and under "
             f"distillation.scheme = {rule.scheme!r} there is none; leader, mutual and static have one"

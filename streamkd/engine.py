@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from streamkd import chance
 from streamkd.batch import UNLABELLED, Batch, labelled
+from streamkd.capacity import Capacity
 from streamkd.cohort import Cohort, Distillation
 from streamkd.drift import DriftWatch, adwin
 from streamkd.inputs import Raw, Standardiser
@@ -46,6 +47,7 @@ class Engine:
         peers: two or more, of one output width; one alone has nobody to learn from.
         classes: that width.
         distillation: how peers teach one another.
+        capacity: what their capacities are measured by, see `Cohort`.
         replay: the memory; `ReplayBuffer(0)` for none.
         recall: how the memory is rehearsed.
         drift: what is watched for drift, on the served answer.
@@ -64,6 +66,7 @@ class Engine:
         classes: int,
         *,
         distillation: Distillation | None = None,
+        capacity: Capacity | None = None,
         replay: ReplayBuffer | None = None,
         recall: Recall | None = None,
         drift: DriftWatch | None = None,
@@ -76,7 +79,7 @@ class Engine:
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.device = torch.device(device)
-        self.cohort = Cohort([peer.to(self.device) for peer in peers], distillation)
+        self.cohort = Cohort([peer.to(self.device) for peer in peers], distillation, capacity)
         self.classes = classes
         self.replay = ReplayBuffer() if replay is None else replay
         self.recall = recall or Recall()
@@ -388,7 +391,7 @@ class Engine:
             parts = torch.stack([learned.hard, learned.soft, learned.total, learned.divergence], 1).tolist()
         weights = self.served.weights.view(2, size).sum(0).tolist()
         transferred = self.transfer.values
-        capacity = cohort.peers[self.roles.teacher].capacity
+        capacity = cohort.capacities[self.roles.teacher]
         return {
             peer.name: PeerReport(
                 weight=weights[i],
@@ -403,7 +406,7 @@ class Engine:
                 skipped=peer.skipped,
                 rollbacks=peer.rollbacks,
                 restarts=peer.restarts,
-                capacity_ratio=peer.capacity / capacity if peer.capacity and capacity else nan,
+                capacity_ratio=cohort.capacities[i] / capacity if cohort.capacities[i] and capacity else nan,
                 transfer_efficiency=transferred[i],
             )
             for i, (peer, (hard, soft, total, divergence)) in enumerate(zip(cohort.peers, parts, strict=True))

@@ -26,7 +26,7 @@ class Signals:
         classes: classes seen so far, at least 2.
         loss, teacher_loss: running mean cross entropy, in nats.
         accuracy, teacher_accuracy: running prequential accuracy, 0 to 1.
-        capacity, teacher_capacity: parameters, frozen ones included.
+        capacity, teacher_capacity: in the unit of the measure, by default parameters, frozen ones included.
         alpha: the weight of the distillation, for the schedule of the hard loss (beta).
         slope: derivative of the student's last distillation loss by the logarithm of its temperature, measured for a
             `Curriculum` only.

@@ -65,6 +65,14 @@ class PeerSettings(Settings):
     clip: Annotated[float, Field(gt=0, description="largest norm of the gradient")] = 2.0
 
 
+def _named(value: Any) -> Any:
+    """Let the name of a part without options stand for it."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+NamedPart = Annotated[Part, BeforeValidator(_named)]
+
+
 class WeightedPart(Part):
     """One of several parts that are added up."""
 
@@ -78,19 +86,14 @@ class LossSum(Settings):
 
 
 def _summed(value: Any) -> Any:
-    """Let a list of losses stand for their sum."""
-    return {"kind": "sum", "parts": value} if isinstance(value, (list, tuple)) else value
-
-
-def _named(value: Any) -> Any:
-    """Let the name of a part without options stand for it."""
-    return {"kind": value} if isinstance(value, str) else value
+    """Let a list of losses stand for their sum, and a name for one without options."""
+    return {"kind": "sum", "parts": value} if isinstance(value, (list, tuple)) else _named(value)
 
 
 class FeaturePart(Part):
     """A loss on features, and the adapter to the teacher's."""
 
-    adapter: Annotated[Part, BeforeValidator(_named)] = Part(kind="none")
+    adapter: NamedPart = Part(kind="none")
 
 
 class DistillationSettings(Settings):
@@ -98,13 +101,14 @@ class DistillationSettings(Settings):
 
     scheme: Literal["leader", "mutual", "ensemble", "average", "static", "none"] = "leader"
     loss: Annotated[Part, BeforeValidator(_summed)] = Part(kind="kd")
-    temperature: Part = Part(kind="loss_driven")
-    per_record: Annotated[Part, BeforeValidator(_named)] = Part(kind="even")
-    alpha: Part = Part(kind="competence")
+    temperature: NamedPart = Part(kind="loss_driven")
+    per_record: NamedPart = Part(kind="even")
+    alpha: NamedPart = Part(kind="competence")
+    capacity: NamedPart = Part(kind="parameters")
     widest_gap: Annotated[float, Field(gt=0, description="of capacities, past which alpha is weakened")] = math.inf
-    beta: Part = Part.model_validate({"kind": "constant", "value": 1.0})
+    beta: NamedPart = Part.model_validate({"kind": "constant", "value": 1.0})
     features: Annotated[FeaturePart, BeforeValidator(_named)] = FeaturePart(kind="none")
-    feature_weight: Part = Part.model_validate({"kind": "constant", "value": 1.0})
+    feature_weight: NamedPart = Part.model_validate({"kind": "constant", "value": 1.0})
     gate: Literal["better", "soft", "open"] = "better"
     cap: bool = True
     burn_in: Count = 10
@@ -118,7 +122,7 @@ class DistillationSettings(Settings):
 class RolesSettings(Settings):
     """Who becomes teacher, and when."""
 
-    rule: Annotated[Part, BeforeValidator(_named)] = Part(kind="tested")
+    rule: NamedPart = Part(kind="tested")
     gamma: Share = 0.998
     every: Positive = 16
     bar: Share = 0.95

@@ -9,7 +9,7 @@ from torch import nn
 from runners.feeds.files import text_file
 from runners.settings import Configuration, load
 from runners.shipped import shipped
-from streamkd import Output, adapters, drift, features, losses, models, per_record, replay, roles, schedules
+from streamkd import Output, adapters, capacity, drift, features, losses, models, per_record, replay, roles, schedules
 from streamkd.config import build_engine, make, public_functions
 from streamkd.errors import ConfigError
 from streamkd.settings import Part, keys
@@ -231,6 +231,7 @@ FAMILIES: list[tuple[Any, set[str]]] = [
     (features, {"hint", "attention_transfer", "similarity_preserving", "wasserstein"}),
     (adapters, {"linear", "convolution", "cross_attention"}),
     (models, {"mlp", "cnn", "vit", "torchvision_model"}),
+    (capacity, {"parameters", "flops", "fisher", "dimension", "rank", "three_c"}),
     (per_record, {"even", "certainty", "difficulty"}),
     (drift, {"adwin", "kswin", "page_hinkley", "ddm", "eddm", "hddm_a", "hddm_w", "fhddm", "never"}),
     (replay, {"ring", "lowest", "reservoir"}),

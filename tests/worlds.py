@@ -20,6 +20,7 @@ from streamkd import (
     Recall,
     ReplayBuffer,
 )
+from streamkd.capacity import rank
 from streamkd.drift import adwin
 from streamkd.features import similarity_preserving
 from streamkd.models import mlp
@@ -84,8 +85,11 @@ def engine(*, tapped: bool = False, **options: Any) -> Engine:
 
 def lively() -> Engine:
     """An engine in which every part is at work: swaps come easily, and alarms."""
+    measure = rank(horizon=100.0)
+    measure.start([None] * 3, torch.zeros(1, 5))
     return engine(
         tapped=True,
+        capacity=measure,
         election=Election(3, rule=mission(), every=4, tenure=8, tenure_drift=2),
         drift=DriftWatch(adwin(delta=0.05)),
         replay=ReplayBuffer(200, seed=5),
