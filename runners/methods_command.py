@@ -52,7 +52,7 @@ FAMILIES = (
     Family("schedules", "distillation.temperature, .alpha, .beta, .feature_weight", schedules),
     Family("capacities", "distillation.capacity", capacity),
     Family("softness", "distillation.per_record", per_record, TAUGHT),
-    Family("selectors", "roles.rule", roles),
+    Family("selectors", "roles.rule", roles, ("costs",)),
     Family("detectors", "drift.detector", drift),
     Family("replay", "replay.evict", replay, ("buffer", "n")),
 )

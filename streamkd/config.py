@@ -89,7 +89,7 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
             watch.detector.kind.rpartition(":")[2],
             watch.signal,
         ),
-        election=_election(settings),
+        election=_election(settings, models, shape),
         served=Served(2 * len(settings.peers), **settings.served.model_dump(include=_HEDGE)),
         pool=_pool(settings),
         pending=Pending(settings.labels.pending_capacity),
@@ -199,9 +199,15 @@ def _pool(settings: EngineSettings) -> Pool | None:
     return Pool(2 * size, rates, rate=rule.pool_rate, voices=voices) if rule.pool else None
 
 
-def _election(settings: EngineSettings) -> Election:
+def _election(settings: EngineSettings, models: Sequence[nn.Module | None], shape: Sequence[int]) -> Election:
     part = Part(kind="never") if settings.distillation.scheme == "static" else settings.roles.rule
-    rule: roles.Rule = make(part, roles, "roles.rule")
+    given = {}
+    if "costs" in _parameters(find(part, roles, "roles.rule")):
+        operations = capacity.flops()
+        operations.start(models, torch.zeros(1, *shape))
+        most = max(operations.values)
+        given = {"costs": tuple(value / most if most else 0.0 for value in operations.values)}
+    rule: roles.Rule = make(part, roles, "roles.rule", **given)
     return Election(len(settings.peers), rule=rule, **settings.roles.model_dump(exclude={"rule"}))
 
 

@@ -208,7 +208,7 @@ class Engine:
             self._look()
         if self.pool is not None:
             self.pool.update(answers.log_p[..., : len(self._seen)], y)
-        self.roles.update(log_p[:peers], correct)
+        self.roles.update(log_p[:peers], correct, answers.log_p[:peers])
         self.cohort.observe(-log_p[:peers].mean(1), correct.float().mean(1))
         self.transfer.update(predicted, self.roles.teacher)
         self.scored += len(y)

@@ -74,7 +74,7 @@ class PeerReport:
         skipped: steps not taken for want of a finite gradient, since the start.
         rollbacks, restarts: how often it was put back to its last good weights because it stayed non-finite, and how
             often it was restarted because that was no help.
-        capacity_ratio: its parameters over its teacher's; NaN where one of them has none to count.
+        capacity_ratio: its capacity over its teacher's; NaN where one of them has none that is known.
         transfer_efficiency: mutual information of teacher's and student's answers over the teacher's entropy.
     """
 

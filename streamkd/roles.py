@@ -5,13 +5,18 @@ A rule names the challenger who is to take over, if any. Each function below mak
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
+from streamkd.bandit import Bandit
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 _EVIDENCE = ("mass", "gains", "correct", "squares")
 
 
@@ -69,6 +74,33 @@ def never() -> Rule:
     return lambda roles, candidates, *, drifting: None  # noqa: ARG005 - the protocol's
 
 
+def bandit(
+    *,
+    gain: Weight = 1.0,
+    divergence: Weight = 0.1,
+    energy: Weight = 0.1,
+    exploration: Weight = 0.2,
+    gamma: Share = 0.95,
+    costs: tuple[float, ...] = (),
+) -> Rule:
+    """The candidate of the highest reward, by a linear bandit that forgets, D-LinUCB (Russac et al. 2019).
+
+    A term in office is worth gain * (change of the students' accuracy) + divergence * KL(p_T || p_S)
+    - energy * (operations a record, as a share of the costliest peer's); what is known of a candidate are its accuracy,
+    its divergence from the others and its cost (the state and the reward of the articles that streamkd follows). A term
+    is at least `roles.every` updates, and `roles.tenure` after a swap.
+
+    Args:
+        gain: weight of the accuracy.
+        divergence: weight of the divergence, in nats.
+        energy: weight of the operations.
+        exploration: how much uncertainty about a candidate is worth.
+        gamma: what a term leaves standing of what was known: worlds change.
+        costs: of the peers; measured.
+    """
+    return Bandit(gain=gain, divergence=divergence, energy=energy, exploration=exploration, gamma=gamma, costs=costs)
+
+
 class Election:
     """Re-elects the teacher from time to time.
 
@@ -113,8 +145,16 @@ class Election:
         self.correct = np.zeros(peers)
         self.squares = np.zeros((peers, peers))  # of the differences between two peers' gains
 
-    def update(self, log_p: Tensor, correct: Tensor) -> None:
-        """Take in what `[peers, n]` log-probability each gave to the truth, and whether it was right."""
+    def update(self, log_p: Tensor, correct: Tensor, answers: Tensor | None = None) -> None:
+        """Take in what `[peers, n]` log-probability each gave to the truth, and whether it was right.
+
+        Args:
+            log_p: as above.
+            correct: likewise.
+            answers: `[peers, n, classes]`, all the log-probabilities, for a bandit.
+        """
+        if answers is not None and isinstance(self.rule, Bandit):
+            self.rule.hear(answers, correct)
         n = log_p.shape[1]
         weights = self.gamma ** np.arange(n - 1, -1, -1, dtype=np.float64)
         past = self.gamma**n
@@ -163,10 +203,14 @@ class Election:
             "teacher": self.teacher,
             "in_office": self.in_office,
             "since_election": self.since_election,
+            "rule": self.rule.state_dict() if isinstance(self.rule, Bandit) else {},
             **{name: torch.from_numpy(getattr(self, name)) for name in _EVIDENCE},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         for name, value in state.items():
-            setattr(self, name, value.numpy() if name in _EVIDENCE else value)
+            if name != "rule":
+                setattr(self, name, value.numpy() if name in _EVIDENCE else value)
+        if isinstance(self.rule, Bandit) and state["rule"]:  # or else another rule was in force
+            self.rule.load_state_dict(state["rule"])

@@ -91,6 +91,7 @@ def test_a_wrong_setting_is_refused_with_its_key_its_value_and_the_remedy(overri
         ("distillation.alpha.kind=competense", ["distillation.alpha.kind", "did you mean competence?"]),
         ("distillation.alpha.steep=3", ["distillation.alpha.steep", "steepness"]),
         ("distillation.alpha.maximum=high", ["distillation.alpha.maximum", "'high'"]),
+        ("roles.rule={kind='bandit', gamma=2}", ["roles.rule.gamma = 2"]),
         ("roles.rule=testd", ["roles.rule.kind = 'testd'", "did you mean tested?"]),
         ("roles.rule={kind='tested', bar=1}", ["roles.rule.bar", "no such option"]),
         ("distillation.loss.kind=dk", ["distillation.loss.kind"]),
@@ -235,7 +236,7 @@ FAMILIES: list[tuple[Any, set[str]]] = [
     (per_record, {"even", "certainty", "difficulty"}),
     (drift, {"adwin", "kswin", "page_hinkley", "ddm", "eddm", "hddm_a", "hddm_w", "fhddm", "never"}),
     (replay, {"ring", "lowest", "reservoir"}),
-    (roles, {"tested", "mission", "never"}),
+    (roles, {"tested", "mission", "never", "bandit"}),
 ]
 
 
