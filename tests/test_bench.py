@@ -202,7 +202,20 @@ def test_the_default_differs_from_itself_by_nothing_and_table_and_json_agree() -
         line = next(line for line in lines if line[: len(name.split())] == name.split())
         cells = line[len(name.split()) :]
         assert cells[0] == f"{100 * figure['accuracy']:.2f}"
-        assert cells[2:3] == ([] if name == DEFAULT else [f"{100 * figure['difference']:+.2f}"])
+        assert cells[2:3] == (["1.00"] if name == DEFAULT else [f"{100 * figure['difference']:+.2f}"])
+
+
+def test_the_rows_of_a_small_student_tell_its_own_answer() -> None:
+    small = [row for row in rows(320, 16) if row.answer != "served"]
+    assert {row.name for row in small} == {
+        "student alone",
+        "a forest teaches it",
+        "large peers beside it",
+        "large peers teach it",
+    }
+    (done,) = ablation.ablations([(TINY, 320, [QUICK[0], *small[:2]])], [0], jobs=1)
+    alone, taught = (done.accuracies(row) for row in small[:2])
+    assert alone != taught
 
 
 def test_a_row_is_what_eval_gives_with_its_settings() -> None:
