@@ -56,13 +56,14 @@ def agreement(size: Size) -> timeseries.Panel:
     return graph(
         "Agreement",
         "percentunit",
-        "Share of comparisons in which two peers gave the same answer. Between the lines is well. Above "
-        f"{threshold('agreement_high')} they teach one another nothing (StreamkdPeersCollapsed): make them differ; "
-        "far below accuracy they do not learn the same thing (StreamkdPeersDiverged).",
+        "Share of comparisons in which two peers gave the same answer. Between the lines is well. Above the upper "
+        "they teach one another nothing (StreamkdPeersCollapsed): make them differ; below the lower they do not learn "
+        "the same thing (StreamkdPeersDiverged).",
         (share("peer_agreed_total", "peer_compared_total", "job"), "agreement"),
         size=size,
         bounds=(None, 1),
         alert_above=threshold("agreement_high"),
+        alert_below=threshold("agreement_low"),
     )
 
 
