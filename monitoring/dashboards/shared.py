@@ -112,8 +112,8 @@ def swaps(size: Size) -> timeseries.Panel:
     return graph(
         "Swaps of the teacher, by reason",
         "short",
-        "Changes of the teacher in office: after a drift, or in the course of things. More than a few an hour that "
-        "are not after drifts: see StreamkdRoleFlapping.",
+        "Changes of the teacher in office: after a drift, or in the course of things. Again and again, with "
+        "few batches between them: see StreamkdRoleFlapping.",
         (events("role_swaps_total", "reason"), "{{reason}}"),
         size=size,
         blocks=True,
