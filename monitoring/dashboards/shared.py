@@ -140,7 +140,7 @@ def drifts(size: Size) -> timeseries.Panel:
         "Drifts found",
         "short",
         "Alarms of the drift detector. Each should go with a fall of accuracy that passes. Alarms without falls: "
-        "a smaller drift.detector.delta; falls without alarms: a larger one.",
+        "a smaller drift.detector.delta; falls without alarms: a larger one (StreamkdDriftDetected says how).",
         (
             events("drift_detections_total", "detector", "signal"),
             "{{detector}} on {{signal}}",
