@@ -118,6 +118,8 @@ class Engine:
         drifts, swap = self._adapt(scored)
         self._note("adapt")
         untold = self._untold(batch, said)
+        if self.pool is not None:
+            self.pool.assume(untold.log_p)
         memories: list[Memories] = []
         learned: list[Learned] = []
         faulty: list[int] = []

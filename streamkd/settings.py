@@ -106,6 +106,10 @@ class ServedSettings(Settings):
         tuple[Annotated[float, Field(ge=0, lt=1)], ...],
         Field(description="of the label rates in the pool: what a record leaves standing"),
     ] = (0.9, 0.98, 0.998)
+    answer_memories: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], ...],
+        Field(description="likewise of the rates of answers to records that will never have a label"),
+    ] = (0.9, 0.98, 0.998)
     averages: Annotated[bool, Field(description="whether the peers' averaged weights answer beside them")] = True
 
 
