@@ -66,7 +66,7 @@ class Distillation:
     cap: bool = True
     burn_in: int = 10
     freeze_after: int = 1_000
-    unlabelled: float = 3.0
+    unlabelled: float = 1.0
     confidence: float = 0.0
     doubt: float = 0.1
     interpolate: float = 0.5

@@ -73,7 +73,7 @@ class DistillationSettings(Settings):
     cap: bool = True
     burn_in: Count = 10
     freeze_after: Count = 1_000
-    unlabelled: Annotated[float, Field(ge=0, description="weight of records that will never have a label")] = 3.0
+    unlabelled: Annotated[float, Field(ge=0, description="weight of records that will never have a label")] = 1.0
     confidence: Annotated[float, Field(ge=0, le=1, description="of the served answer, for these to be learned")] = 0.0
     doubt: Annotated[float, Field(ge=0, le=1, description="share of that answer spread over all classes")] = 0.1
     interpolate: Annotated[float, Field(ge=0, le=1, description="share up to which two such records are mixed")] = 0.5

@@ -271,6 +271,16 @@ def test_a_record_that_waits_for_its_label_is_not_taught() -> None:
     assert made.step(hidden(stream[16], slice(None))).taught == 16
 
 
+def test_memories_are_rehearsed_where_a_label_comes_and_only_there() -> None:
+    made, stream = engine(), batches(480)
+    for batch in stream[:15]:
+        made.step(batch)
+    unknown = made.step(hidden(stream[15], slice(None)))
+    known = made.step(hidden(stream[16], slice(1, None)))
+    assert (unknown.taught, known.taught) == (16, 15)
+    assert (len(unknown.replay.ages), len(known.replay.ages) > 0) == (0, True)
+
+
 def test_what_was_answered_is_counted_where_no_label_will_come() -> None:
     stream = batches(640)
     for unlabelled, ids, counted in ((1.0, False, True), (0.0, False, False), (1.0, True, False)):
