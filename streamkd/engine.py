@@ -118,6 +118,8 @@ class Engine:
         drifts, swap = self._adapt(scored)
         self._note("adapt")
         untold = self._untold(batch, said)
+        if self.pool is not None and len(untold):
+            self.pool.assume(untold.log_p)
         memories: list[Memories] = []
         learned: list[Learned] = []
         faulty: list[int] = []
@@ -260,11 +262,16 @@ class Engine:
         return said.rows(unknown & (said.served.max(-1).values >= rule.confidence))
 
     def _recall(self, answers: Answers, untold: Answers) -> list[Memories]:
-        """Draw the memories for each update of this batch."""
+        """Draw the memories for each update of this batch.
+
+        They are drawn where a label came, and only there: where labels are scarce, the same few would be learned by
+        heart while records without a label pass by.
+        """
         if not len(answers) and not len(untold):
             return []
         updates = self._effort()
-        return self.replay.sample(updates * self.recall.records, self._window()).split(updates)
+        records = updates * self.recall.records if len(answers) else 0
+        return self.replay.sample(records, self._window()).split(updates)
 
     def _effort(self) -> int:
         """How many optimizer steps this batch is worth: more while the world is new."""

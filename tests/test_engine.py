@@ -13,7 +13,9 @@ from streamkd import (
     Distillation,
     DriftWatch,
     Engine,
+    LabelRates,
     Peer,
+    Pool,
     Recall,
     ReplayBuffer,
     checkpoint,
@@ -267,6 +269,28 @@ def test_a_record_that_waits_for_its_label_is_not_taught() -> None:
         made.step(batch)
     assert made.step(hidden(stream[15], slice(None), ids=True)).taught == 0
     assert made.step(hidden(stream[16], slice(None))).taught == 16
+
+
+def test_memories_are_rehearsed_where_a_label_comes_and_only_there() -> None:
+    made, stream = engine(), batches(480)
+    for batch in stream[:15]:
+        made.step(batch)
+    unknown = made.step(hidden(stream[15], slice(None)))
+    known = made.step(hidden(stream[16], slice(1, None)))
+    assert (unknown.taught, known.taught) == (16, 15)
+    assert (len(unknown.replay.ages), len(known.replay.ages) > 0) == (0, True)
+
+
+def test_what_was_answered_is_counted_where_no_label_will_come() -> None:
+    stream = batches(640)
+    for unlabelled, ids, counted in ((1.0, False, True), (0.0, False, False), (1.0, True, False)):
+        pool = Pool(6, LabelRates(CLASSES))
+        made = engine(distillation=Distillation(unlabelled=unlabelled), pool=pool)
+        for batch in stream[:20]:
+            made.step(batch)
+        before = checkpoint.digest(pool.state_dict())
+        made.step(hidden(stream[20], slice(None), ids=ids))
+        assert (checkpoint.digest(pool.state_dict()) != before) is counted
 
 
 def test_what_is_taught_brings_the_peers_together() -> None:
