@@ -126,7 +126,7 @@ class Engine:
         stride = self.recall.stride
         parts = zip_longest(answers.split(stride), untold.split(stride), fillvalue=said.rows(slice(0)))
         for first, (part, taught) in enumerate(parts):
-            drawn = self._recall(part, taught)
+            drawn = self._recall(part)
             self._note("recall")
             taken, broken = self._learn(part, drawn, taught)
             self._note("learn")
@@ -261,17 +261,16 @@ class Engine:
             return said.rows(slice(0))
         return said.rows(unknown & (said.served.max(-1).values >= rule.confidence))
 
-    def _recall(self, answers: Answers, untold: Answers) -> list[Memories]:
-        """Draw the memories for each update of this batch.
+    def _recall(self, answers: Answers) -> list[Memories]:
+        """Draw the memories for each update of this batch; where no label came, there is none.
 
-        They are drawn where a label came, and only there: where labels are scarce, the same few would be learned by
-        heart while records without a label pass by.
+        Where labels are scarce, the same few memories would be learned by heart while records without a label pass by,
+        and those records without memories would soon be all that is learned.
         """
-        if not len(answers) and not len(untold):
+        if not len(answers):
             return []
         updates = self._effort()
-        records = updates * self.recall.records if len(answers) else 0
-        return self.replay.sample(records, self._window()).split(updates)
+        return self.replay.sample(updates * self.recall.records, self._window()).split(updates)
 
     def _effort(self) -> int:
         """How many optimizer steps this batch is worth: more while the world is new."""
