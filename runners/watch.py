@@ -2,6 +2,7 @@
 
 import time
 from contextlib import suppress
+from dataclasses import replace
 from http.client import HTTPException
 from urllib.request import urlopen
 
@@ -31,7 +32,7 @@ class Watcher:
         self._failure = ""
 
     def ask(self) -> Standing:
-        """Return how things stand now; how they stood, where there is no answer.
+        """Return how things stand now; where there is no answer, how they stood, and that nobody knows any more.
 
         Raises:
             ConfigError: there never was an answer.
@@ -45,6 +46,7 @@ class Watcher:
                 raise ConfigError(
                     f"{self.url}: no daemon's metrics ({self._failure}); name its http.host and http.port"
                 ) from None
+            self._latest = replace(self._latest, state="no answer", speed=0.0)
         return self._latest
 
     def _read(self) -> Standing:

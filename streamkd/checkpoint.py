@@ -23,7 +23,7 @@ from streamkd.errors import DamagedError
 PARTS = ("tensors", "memories")
 ABOUT = "state.json"
 MANIFEST = "MANIFEST.json"
-FORMAT = 2
+FORMAT = 3
 _NAME = re.compile(r"step-\d{12}")
 
 

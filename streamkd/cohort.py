@@ -56,8 +56,9 @@ class Distillation:
         cap: on no record may the distillation's gradient at the logits outweigh the label's.
         burn_in: updates before any distillation.
         freeze_after: for `static`, in updates.
-        unlabelled: the weight of records that will never have a label, from which all peers learn the served answer
-            where it gives a class at least `confidence` (Lee 2013, softly). 0: nothing is learned from them.
+        unlabelled: the weight of records that will never have a label: beside records that have one, all peers learn
+            the served answer to them where it gives a class at least `confidence` (Lee 2013, softly). 0: nothing is
+            learned from them, and the pool does not count what was answered to them.
         confidence: likewise.
         doubt: the share of that answer which is spread evenly over the classes instead.
         interpolate: up to which share such a record is mixed with another one, inputs and answers alike; 0 for none.
@@ -78,7 +79,7 @@ class Distillation:
     cap: bool = True
     burn_in: int = 10
     freeze_after: int = 1_000
-    unlabelled: float = 3.0
+    unlabelled: float = 1.0
     confidence: float = 0.0
     doubt: float = 0.1
     interpolate: float = 0.5

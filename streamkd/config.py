@@ -193,7 +193,7 @@ _HEDGE = {"gamma", "gamma_drift", "drift_batches", "floor", "averages"}
 
 def _pool(settings: EngineSettings) -> Pool | None:
     rule = settings.served
-    rates = LabelRates(settings.max_classes, rule.label_memories)
+    rates = LabelRates(settings.max_classes, rule.label_memories, rule.answer_memories)
     size = len(settings.peers)
     voices = 2 * size if rule.averages else size
     return Pool(2 * size, rates, rate=rule.pool_rate, voices=voices) if rule.pool else None

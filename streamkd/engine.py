@@ -121,13 +121,15 @@ class Engine:
         drifts, swap = self._adapt(scored)
         self._note("adapt")
         untold = self._untold(batch, said)
+        if self.pool is not None and len(untold):
+            self.pool.assume(untold.log_p)
         memories: list[Memories] = []
         learned: list[Learned] = []
         faulty: list[int] = []
         stride = self.recall.stride
         parts = zip_longest(answers.split(stride), untold.split(stride), fillvalue=said.rows(slice(0)))
         for first, (part, taught) in enumerate(parts):
-            drawn = self._recall(part, taught)
+            drawn = self._recall(part)
             self._note("recall")
             taken, broken = self._learn(part, drawn, taught)
             self._note("learn")
@@ -262,9 +264,13 @@ class Engine:
             return said.rows(slice(0))
         return said.rows(unknown & (said.served.max(-1).values >= rule.confidence))
 
-    def _recall(self, answers: Answers, untold: Answers) -> list[Memories]:
-        """Draw the memories for each update of this batch."""
-        if not len(answers) and not len(untold):
+    def _recall(self, answers: Answers) -> list[Memories]:
+        """Draw the memories for each update of this batch; where no label came, there is none.
+
+        Where labels are scarce, the same few memories would be learned by heart while records without a label pass by,
+        and those records without memories would soon be all that is learned.
+        """
+        if not len(answers):
             return []
         updates = self._effort()
         return self.replay.sample(updates * self.recall.records, self._window()).split(updates)

@@ -8,6 +8,7 @@ StreamkdError
  +- TrainingError    5  learning cannot go on
 """
 
+import reprlib
 from collections.abc import Iterable
 
 MOST_LINES = 12
@@ -56,7 +57,10 @@ def one_screen(lines: Iterable[str]) -> str:
 
 def short(value: object, most: int = 80) -> str:
     """Return a value as it would be written, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # nested as deeply as a parser can read, from further down
+        text = reprlib.repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
 
 

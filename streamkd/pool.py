@@ -20,30 +20,46 @@ STRIDE = 16
 
 
 class LabelRates:
-    """How common each class has been of late: a source that knows the labels alone, and no inputs.
+    """How common each class has been of late: a source that knows the classes alone, and no inputs.
+
+    Labels are counted, and apart from them the answers to records that will never have a label: where labels are
+    scarce it is the answers that tell what the last few records were. Until one is counted, all classes are as common.
 
     Args:
         classes: how many.
-        memories: one answer for each: the share of the past that a labelled record leaves standing.
+        memories: one source for each: the share of the past that a labelled record leaves standing.
+        answered: likewise for a record that was answered and will never have a label.
     """
 
-    def __init__(self, classes: int, memories: Sequence[float] = (0.9, 0.98, 0.998)) -> None:
-        self.memories = torch.tensor(memories, dtype=torch.float64)
-        self.rates = torch.full((len(memories), classes), 1 / classes, dtype=torch.float64)
+    def __init__(
+        self,
+        classes: int,
+        memories: Sequence[float] = (0.9, 0.98, 0.998),
+        answered: Sequence[float] = (0.9, 0.98, 0.998),
+    ) -> None:
+        self.memories = torch.tensor([*memories, *answered], dtype=torch.float64)
+        self.rates = torch.full((len(self.memories), classes), 1 / classes, dtype=torch.float64)
+        self._labels, self._answers = slice(len(memories)), slice(len(memories), None)
 
     def __len__(self) -> int:
         return len(self.memories)
 
     def logits(self, n: int) -> Tensor:
-        """Answer `n` records alike: `[memories, n, classes]`."""
+        """Answer `n` records alike: `[memories, n, classes]`, those of the labels first."""
         return self.rates.float().clamp(min=1e-6).log()[:, None].expand(-1, n, -1)
 
     def update(self, y: Tensor) -> None:
-        """Take in the labels `y` `[n]`, in the order in which they came."""
-        memories = self.memories.numpy()[:, None]
-        shares = (1 - memories) * memories ** np.arange(len(y) - 1, -1, -1)
-        rates = self.rates.numpy() * memories ** len(y)
-        np.add.at(rates.T, y.numpy(), shares.T)
+        """Count the labels `y` `[n]`, in the order in which they came."""
+        self._count(y, self._labels)
+
+    def assume(self, y: Tensor) -> None:
+        """Count the classes `y` `[n]` that were answered where no label will come, in the order of the records."""
+        self._count(y, self._answers)
+
+    def _count(self, y: Tensor, rows: slice) -> None:
+        rates, memories = self.rates.numpy().copy(), self.memories.numpy()[rows, None]
+        rates[rows] *= memories ** len(y)
+        np.add.at(rates[rows].T, y.numpy(), ((1 - memories) * memories ** np.arange(len(y) - 1, -1, -1)).T)
         self.rates = torch.from_numpy(rates)
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,6 +132,13 @@ class Pool:
         step = np.float32(self.rate * min(1, STRIDE / max(1, len(y))))
         self.coefficients = torch.from_numpy(self.coefficients.numpy() + step * gradient.astype(np.float32))
         self.rates.update(y)
+
+    def assume(self, log_p: Tensor) -> None:
+        """Count what `serve` returned of records that will never have a label, as if it were true.
+
+        It is the members' answer that is counted: the pool's own, which follows these rates, would confirm itself.
+        """
+        self.rates.assume(log_p[-2].argmax(-1))
 
     def shorten(self) -> None:
         """Weigh mixture and pool by the latest records for a while: the world has changed."""

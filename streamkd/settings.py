@@ -113,7 +113,7 @@ class DistillationSettings(Settings):
     cap: bool = True
     burn_in: Count = 10
     freeze_after: Count = 1_000
-    unlabelled: Annotated[float, Field(ge=0, description="weight of records that will never have a label")] = 3.0
+    unlabelled: Annotated[float, Field(ge=0, description="weight of records that will never have a label")] = 1.0
     confidence: Annotated[float, Field(ge=0, le=1, description="of the served answer, for these to be learned")] = 0.0
     doubt: Annotated[float, Field(ge=0, le=1, description="share of that answer spread over all classes")] = 0.1
     interpolate: Annotated[float, Field(ge=0, le=1, description="share up to which two such records are mixed")] = 0.5
@@ -145,6 +145,10 @@ class ServedSettings(Settings):
     label_memories: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], ...],
         Field(description="of the label rates in the pool: what a record leaves standing"),
+    ] = (0.9, 0.98, 0.998)
+    answer_memories: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], ...],
+        Field(description="likewise of the rates of answers to records that will never have a label"),
     ] = (0.9, 0.98, 0.998)
     averages: Annotated[bool, Field(description="whether the peers' averaged weights answer beside them")] = True
 

@@ -7,7 +7,9 @@ Array = NDArray[np.float64]
 Index = NDArray[np.int64]
 
 FAN = 32
-"""Numbers in a block: wide enough that a million are four levels deep, narrow enough that a level costs nothing."""
+"""Numbers in a block: narrow enough that many blocks are added up in no time."""
+TOP = 2_048
+"""Numbers that are added up as they are, with no level above them."""
 
 
 class Totals:
@@ -23,9 +25,12 @@ class Totals:
 
     def __init__(self, n: int, of: np.ufunc = np.add) -> None:
         self._of = of
-        self._levels = [np.zeros((-(-n // FAN), FAN))]
-        while len(self._levels[-1]) > 1:
-            self._levels.append(np.zeros((-(-len(self._levels[-1]) // FAN), FAN)))
+        self._levels: list[Array] = []
+        while n > TOP:
+            blocks = -(-n // FAN)
+            self._levels.append(np.zeros((blocks, FAN)))
+            n = blocks
+        self._levels.append(np.zeros((1, n)))
 
     @property
     def total(self) -> float:
@@ -47,7 +52,7 @@ class Totals:
         """Return the total of the numbers at 0 to `place` - 1."""
         total = 0.0
         for level in self._levels:
-            block, within = divmod(place, FAN)
+            block, within = divmod(place, level.shape[1]) if len(level) > 1 else (0, place)
             if within:
                 total = float(self._of(total, self._of.reduce(level[block, :within])))
             place = block
@@ -58,12 +63,17 @@ class Totals:
 
         Depths drawn evenly find each place in proportion to its number; one of 0 is never found, unless all are 0.
         """
-        places, each = np.zeros(len(depths), np.int64), np.arange(len(depths))
-        for level in reversed(self._levels):
-            sums = level[places].cumsum(1)
+        *blocks, top = self._levels
+        sums = top[0].cumsum()
+        depths = np.minimum(depths, np.nextafter(sums[-1], 0))
+        places: Index = sums.searchsorted(depths, "right")
+        depths = depths - np.where(places > 0, sums[places - 1], 0.0)
+        each = np.arange(len(depths))
+        for level in reversed(blocks):
+            rows = level[places].cumsum(1)
             # The block's sum was added up in another order: what is left must stay under what it comes to here.
-            depths = np.minimum(depths, np.nextafter(sums[:, -1], 0))
-            within = (sums <= depths[:, None]).sum(1)
-            depths = depths - np.where(within > 0, sums[each, within - 1], 0.0)
+            depths = np.minimum(depths, np.nextafter(rows[:, -1], 0))
+            within = (rows <= depths[:, None]).sum(1)
+            depths = depths - np.where(within > 0, rows[each, within - 1], 0.0)
             places = places * FAN + within
         return places

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from rich.table import Table
 from test_commands import streamkd, table
 
 from monitoring.prequential import NO_CHANGE
-from runners.bench import ablation, rivals
+from runners.bench import ablation, by_hand, rivals
 from runners.bench.learners import OURS, PACE, RIVALS, Rival
+from runners.bench.pairs import Ratio, in_turn, ratio
 from runners.bench.rows import DEFAULT, MECHANISMS, Row, from_the_bottom, one_off, rows
 from runners.bench.streams import Stream
 from runners.evaluate import evaluate
 from streamkd.batch import UNLABELLED, Batch
 from streamkd.config import build_engine
+from streamkd.models import mlp
 from streamkd.report import SERVED
 
 TINY = Stream(None, None, 16, 320)
@@ -202,7 +205,20 @@ def test_the_default_differs_from_itself_by_nothing_and_table_and_json_agree() -
         line = next(line for line in lines if line[: len(name.split())] == name.split())
         cells = line[len(name.split()) :]
         assert cells[0] == f"{100 * figure['accuracy']:.2f}"
-        assert cells[2:3] == ([] if name == DEFAULT else [f"{100 * figure['difference']:+.2f}"])
+        assert cells[2:3] == (["1.00"] if name == DEFAULT else [f"{100 * figure['difference']:+.2f}"])
+
+
+def test_the_rows_of_a_small_student_tell_its_own_answer() -> None:
+    small = [row for row in rows(320, 16) if row.answer != "served"]
+    assert {row.name for row in small} == {
+        "student alone",
+        "a forest teaches it",
+        "large peers beside it",
+        "large peers teach it",
+    }
+    (done,) = ablation.ablations([(TINY, 320, [QUICK[0], *small[:2]])], [0], jobs=1)
+    alone, taught = (done.accuracies(row) for row in small[:2])
+    assert alone != taught
 
 
 def test_a_row_is_what_eval_gives_with_its_settings() -> None:
@@ -248,3 +264,36 @@ def test_a_file_that_is_not_there_or_cannot_be_written_ends_with_two_or_three(
     assert streamkd(monkeypatch, "bench", command, "--json", "no/such/folder.json") == 2
     assert streamkd(monkeypatch, "bench", command, "--records", "0") == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_loops_by_hand_compute_the_same_together_and_one_by_one() -> None:
+    models = [mlp((4,), 3, widths=(6, 5), layer_norm=True) for _ in range(3)]
+    together, apart = (kind(models, (0.3, 0.1, 0.03)) for kind in (by_hand.Stacked, by_hand.Separate))
+    chance = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        x, gradient = torch.randn(8, 4, generator=chance), torch.randn(3, 8, 3, generator=chance)
+        for learners in (together, apart):
+            learners.learn(x).backward(gradient)  # type: ignore[no-untyped-call]
+            learners.step()
+        with torch.no_grad():
+            assert torch.allclose(together.predict(x), apart.predict(x), atol=1e-4)
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    assert ratio([2.0, 30.0, 8.0], [1.0, 10.0, 2.0]).median == 3
+    assert ratio([2.0], [4.0]) == Ratio(0.5, 0.5, 0.5)
+    order: list[str] = []
+    taken = in_turn({name: partial(order.append, name) for name in "ab"}, rounds=2, each=3, warm_up=1)
+    assert "".join(order) == "ab" + "aaabbb" * 2
+    assert [len(seconds) for seconds in taken.values()] == [2, 2]
+
+
+@pytest.mark.parametrize(("name", "keys"), [("overhead", {"plain", "images"}), ("scale", {"sizes"})])
+def test_a_bench_of_speed_gives_its_ratio_as_json(
+    name: str, keys: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert streamkd(monkeypatch, "bench", name, "--rounds", "1", "--json", "-") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["ratio"] > 0
+    assert keys <= set(figures)
+    assert figures["made"]["cores"] >= 1

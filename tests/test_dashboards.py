@@ -133,6 +133,13 @@ def test_overview_fits_one_screen_and_distillation_has_a_row_of_its_own() -> Non
     assert len(rows) == 10
 
 
+def test_a_daemon_that_does_not_answer_is_shown_in_red() -> None:
+    """Grafana gives the lowest colour to what is said where there is no value."""
+    state, learned, *_ = panels(BOARDS["overview"])
+    for panel in (state, learned):
+        assert panel["fieldConfig"]["defaults"]["thresholds"]["steps"][0] == {"color": "red", "value": None}
+
+
 def test_the_folder_is_written_whole_and_never_over_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,9 @@ from streamkd import (
     Distillation,
     DriftWatch,
     Engine,
+    LabelRates,
     Peer,
+    Pool,
     Recall,
     ReplayBuffer,
     checkpoint,
@@ -266,16 +268,42 @@ def test_a_record_that_waits_for_its_label_is_not_taught() -> None:
     for batch in stream[:15]:
         made.step(batch)
     assert made.step(hidden(stream[15], slice(None), ids=True)).taught == 0
-    assert made.step(hidden(stream[16], slice(None))).taught == 16
+    assert made.step(hidden(stream[16], slice(1, None))).taught == 15
+
+
+def test_no_step_is_taken_where_no_label_came() -> None:
+    made, stream = engine(), batches(480)
+    for batch in stream[:15]:
+        made.step(batch)
+    before = made.cohort.updates
+    unknown = made.step(hidden(stream[15], slice(None)))
+    assert (unknown.taught, len(unknown.replay.ages), made.cohort.updates) == (0, 0, before)
+    assert made.step(hidden(stream[16], slice(1, None))).taught == 15
+    assert made.cohort.updates > before
+
+
+def test_what_was_answered_is_counted_where_no_label_will_come() -> None:
+    stream = batches(640)
+    for unlabelled, ids, counted in ((1.0, False, True), (0.0, False, False), (1.0, True, False)):
+        pool = Pool(6, LabelRates(CLASSES))
+        made = engine(distillation=Distillation(unlabelled=unlabelled), pool=pool)
+        for batch in stream[:20]:
+            made.step(batch)
+        before = checkpoint.digest(pool.state_dict())
+        made.step(hidden(stream[20], slice(None), ids=ids))
+        assert (checkpoint.digest(pool.state_dict()) != before) is counted
 
 
 def test_what_is_taught_brings_the_peers_together() -> None:
-    made = engine(distillation=Distillation("none", burn_in=0, interpolate=0.0, doubt=0.0), drift=DriftWatch(never()))
+    made = engine(
+        distillation=Distillation("none", burn_in=0, interpolate=0.0, doubt=0.0, unlabelled=10.0),
+        drift=DriftWatch(never()),
+    )
     made.replay = ReplayBuffer(0)
     stream = batches(480)
     for batch in stream[:2]:
         made.step(batch)
-    batch = hidden(stream[2], slice(None))
+    batch = hidden(stream[2], slice(1, None))
     before = made.step(batch)
     after = mask_unseen(made.cohort.predict(made.inputs(batch.x))[:2], made.seen).log_softmax(-1)
     was, now = (

@@ -357,7 +357,7 @@ def test_every_line_is_learned_or_in_the_dead_letters(
     content = GOOD + body.encode("utf-8", "surrogatepass")
     feed, refused = opened(folder / "d.csv", content)
     batches = drained(feed, 1)
-    taken = content.decode("utf-8", "replace").split("\n")[1:]
+    taken = content.split(b"\n")[1:]
     learned_lines = sum(1 for line in taken if line.strip()) - len(refused)
     assert len(batches) <= learned_lines  # a quoted newline makes one record of two lines
     if not any('"' in line for line in lines):

@@ -10,7 +10,7 @@ from worlds import batches, engine, lively
 from monitoring.delays import LabelDelays
 from monitoring.metrics import Metrics
 from runners.daemon import teaching_pairs
-from runners.feeds import REASONS
+from runners.feeds import REASONS, RESETS, STAGES
 from streamkd import UNLABELLED, Batch, Engine
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics.txt"
@@ -22,6 +22,8 @@ def metrics_of(made: Engine) -> Metrics:
         sources=teaching_pairs(made),
         feed="file",
         reasons=REASONS,
+        resets=RESETS,
+        stages=STAGES,
         detector=made.drift.name,
         signal=made.drift.signal,
         version="0",

@@ -17,7 +17,7 @@ def said(members: int, n: int, classes: int = 3, seed: int = 0) -> Tensor:
 
 
 def pool(members: int = 2, classes: int = 3, rate: float = 0.002) -> Pool:
-    return Pool(members, LabelRates(classes, (0.9, 0.99)), rate=rate)
+    return Pool(members, LabelRates(classes, (0.9, 0.99), (0.9,)), rate=rate)
 
 
 def everything(seen: int = 3, classes: int = 3) -> Tensor:
@@ -70,7 +70,7 @@ def test_labels_that_come_in_runs_are_told_by_their_rates() -> None:
 
 
 def test_rates_are_discounted_counts_whatever_the_batches() -> None:
-    whole, parts = LabelRates(3, (0.9,)), LabelRates(3, (0.9,))
+    whole, parts = LabelRates(3, (0.9,), ()), LabelRates(3, (0.9,), ())
     y = torch.tensor([0, 2, 2, 1, 0])
     whole.update(y)
     for label in y:
@@ -79,6 +79,40 @@ def test_rates_are_discounted_counts_whatever_the_batches() -> None:
     assert whole.rates[0].tolist() == pytest.approx(by_hand)
     assert torch.allclose(whole.rates, parts.rates)
     assert whole.logits(4).exp().sum(-1).tolist() == [[pytest.approx(1)] * 4]
+
+
+def test_labels_and_answers_are_counted_apart_and_alike() -> None:
+    rates, y = LabelRates(3, (0.9, 0.5), (0.9, 0.5)), torch.tensor([0, 2, 2, 1])
+    rates.update(y)
+    assert torch.equal(rates.rates[2:], torch.full((2, 3), 1 / 3, dtype=torch.float64))
+    rates.assume(y)
+    assert torch.equal(rates.rates[:2], rates.rates[2:])
+
+
+def test_answers_change_nothing_before_one_is_counted() -> None:
+    with_answers, without = (Pool(2, LabelRates(3, (0.9,), answered), rate=0.01) for answered in ((0.9, 0.5), ()))
+    for batch in range(20):
+        sources, served = serve(with_answers, said(2, 8, seed=batch))
+        fewer, expected = serve(without, said(2, 8, seed=batch))
+        assert torch.allclose(served, expected, atol=1e-6)
+        with_answers.update(sources, torch.arange(8) % 3)
+        without.update(fewer, torch.arange(8) % 3)
+
+
+def test_classes_that_come_in_runs_are_told_by_the_answers_where_few_records_have_a_label() -> None:
+    generator = torch.Generator().manual_seed(0)
+    right = {True: 0, False: 0}
+    for assumed in right:
+        made = pool(rate=0.01)
+        for batch in range(600):
+            y = torch.full((16,), batch // 4 % 3)
+            weak = 0.7 * torch.nn.functional.one_hot(y, 3) + torch.randn(2, 16, 3, generator=generator)
+            sources, served = serve(made, weak.log_softmax(-1))
+            right[assumed] += int((served.argmax(1) == y).sum()) if batch >= 300 else 0
+            made.update(sources[:, :1], y[:1])
+            if assumed:
+                made.assume(sources[:, 1:])
+    assert right[True] > 1.1 * right[False]
 
 
 def test_a_class_that_was_never_seen_stays_impossible() -> None:
@@ -113,7 +147,7 @@ def test_no_batch_is_too_large_for_its_step() -> None:
 
 def test_nothing_to_say_is_said_of_no_records() -> None:
     sources, served = serve(pool(), said(2, 0))
-    assert sources.shape == (2 + 2 + 2, 0, 3)
+    assert sources.shape == (2 + 3 + 2, 0, 3)
     assert served.shape == (0, 3)
 
 
@@ -121,6 +155,7 @@ def test_a_restored_pool_goes_on_as_it_would_have() -> None:
     made, restored = pool(), pool()
     for batch in range(3):
         made.update(serve(made, said(2, 8, seed=batch))[0], torch.arange(8) % 3)
+    made.assume(serve(made, said(2, 8, seed=9))[0])
     made.shorten()
     restored.load_state_dict(stored(made.state_dict()))
     for batch in range(3, 6):

@@ -9,6 +9,9 @@ import pytest
 import yaml
 from stack import needs
 
+from runners.settings import Configuration
+from streamkd.settings import keys
+
 MONITORING = Path(__file__).parents[1] / "monitoring"
 RULES = MONITORING / "prometheus" / "rules"
 GOLDEN = Path(__file__).parent / "golden" / "metrics.txt"
@@ -71,6 +74,15 @@ def test_there_is_no_page_without_an_alert_and_none_that_leads_nowhere() -> None
     for page in pages:
         for link in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).is_file(), f"{page.name}: {link}"
+
+
+def test_settings_that_pages_and_panels_advise_to_change_exist() -> None:
+    known = {*keys(Configuration), "drift.detector.delta", "feed.on_position_lost"}
+    known |= {f"feed.{name}" for name in ("time", "categorical", "ignore", "missing", "classes", "start")}
+    tables = "|".join({name.split(".")[0] for name in known if "." in name})
+    for file in [*(MONITORING / "runbooks").glob("*.md"), *(MONITORING / "grafana" / "dashboards").glob("*.json")]:
+        named = set(re.findall(rf"(?<![\w/.-])(?:{tables})\.[a-z_.]*[a-z_]", file.read_text(encoding="utf-8")))
+        assert named <= known, file.name
 
 
 def test_every_alert_is_tried_to_fire_and_to_stay_quiet() -> None:

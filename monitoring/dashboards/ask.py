@@ -1,6 +1,7 @@
 """The questions a dashboard asks of Prometheus, asked as Grafana would: to prove that each has an answer."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def questions(board: Mapping[str, Any]) -> Iterator[Question]:
 
 
 def ask(address: str, question: Question, window: Window) -> list[Any]:
-    """Return the answer: series, or the values of a variable.
+    """Return the answer: series that have a value, or the values of a variable.
 
     Args:
         address: of Prometheus, without a path.
@@ -95,8 +96,13 @@ def ask(address: str, question: Question, window: Window) -> list[Any]:
     else:
         about = {"query": expression, "start": window.start, "end": window.end, "step": window.step}
         found = _get(f"{address}/api/v1/query_range?{urlencode(about)}")
-    series: list[Any] = found["result"]
-    return series
+    return [series for series in found["result"] if _drawn(series)]
+
+
+def _drawn(series: Series) -> bool:
+    """Return whether there is anything to see of a series; a share of nothing is NaN throughout."""
+    points = series.get("values") or [series["value"]]
+    return not all(math.isnan(float(value)) for _, value in points)
 
 
 def _get(url: str) -> Any:

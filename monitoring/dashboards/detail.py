@@ -9,11 +9,13 @@ from monitoring.dashboards.kit import (
     GREEN,
     RED,
     Panel,
+    age,
     assemble,
     events,
     figure,
     graph,
     level,
+    lowest,
     mean,
     quantile,
     rate,
@@ -62,9 +64,9 @@ def _feeds() -> Sequence[Panel]:
         graph(
             "Silence",
             "s",
-            "Time since the last record. A saw of small teeth is well. A slope: nothing comes; above the line see "
-            "StreamkdFeedStalled.",
-            (f"time() - ({level('feed_last_record_received_timestamp_seconds', 'feed')} > 0)", "{{feed}}"),
+            "Time since the last record, of the instance that has waited longest. A saw of small teeth is well. A "
+            "slope: nothing comes; above the line see StreamkdFeedStalled.",
+            (age("feed_last_record_received", "feed"), "{{feed}}"),
             size=FIFTH,
             alert_above=threshold("feed_silence_seconds"),
         ),
@@ -84,7 +86,7 @@ def _feeds() -> Sequence[Panel]:
             "none",
             "Whether the feed can be read. Red at times: the connection breaks and is made again; the log says when. "
             "Red for ten minutes: see StreamkdFeedStalled.",
-            (level("feed_connected", "feed"), "{{feed}}"),
+            (lowest("feed_connected", "feed"), "{{feed}}"),
             words=("not connected", "connected"),
             colours=(RED, GREEN),
             size=(4, 7),

@@ -89,11 +89,10 @@ def graph(
         panel.fill_opacity(60)
     if steps or blocks:
         panel.line_interpolation(LineInterpolation.STEP_AFTER)
-    if alert_above is not None:
-        panel.thresholds(_steps(("transparent", None), (RED, alert_above)))
-    if alert_below is not None:
-        panel.thresholds(_steps((RED, None), ("transparent", alert_below)))
+    lower = [("transparent", None)] if alert_below is None else [(RED, None), ("transparent", alert_below)]
+    upper = [] if alert_above is None else [(RED, alert_above)]
     if (alert_above, alert_below) != (None, None):
+        panel.thresholds(_steps(*lower, *upper))
         panel.thresholds_style(common.GraphThresholdsStyleConfig().mode(GraphThresholdsStyleMode.DASHED))
     return panel
 
@@ -261,6 +260,16 @@ def quantile(which: float, observed: str, where: str = "") -> str:
 def level(gauge: str, *by: str) -> str:
     """Return a gauge, the highest where there are several."""
     return f"max by ({', '.join(by)}) (streamkd_{gauge}{{$selected}})"
+
+
+def lowest(gauge: str, *by: str) -> str:
+    """Return a gauge, the lowest where there are several: one instance that is unwell is not hidden by the others."""
+    return f"min by ({', '.join(by)}) (streamkd_{gauge}{{$selected}})"
+
+
+def age(moment: str, *by: str) -> str:
+    """Return how long ago a moment was, the longest where there are several; nothing where it never was."""
+    return f"time() - min by ({', '.join(by)}) (streamkd_{moment}_timestamp_seconds{{$selected}} > 0)"
 
 
 def _labels(where: str) -> str:

@@ -3,7 +3,13 @@
 from grafana_foundation_sdk.models import dashboard
 
 from monitoring.dashboards import shared
-from monitoring.dashboards.kit import GREEN, ORANGE, RED, Panel, assemble, figure, graph, level, rate, threshold
+from monitoring.dashboards.kit import GREEN, ORANGE, RED, Panel, age, assemble, figure, graph, rate, threshold
+
+STATE = (
+    'max by (state) (2 * (streamkd_state{$selected, state="running"} == 1)'
+    ' or 0 * (streamkd_state{$selected, state=~"failed|stopped"} == 1) or (streamkd_state{$selected} == 1))'
+)
+"""2 for well, 1 for not yet or not any more, 0 for bad; the name of what is so is in the label."""
 
 
 def overview() -> dashboard.Dashboard:
@@ -15,9 +21,10 @@ def overview() -> dashboard.Dashboard:
             "none",
             "What the process is doing; running is well. Down or failed: see StreamkdDown. Restoring for minutes: a "
             "large checkpoint, or a feed that is slow to find its place.",
-            ("max by (state) (streamkd_state{$selected} == 1)", "{{state}}"),
+            (STATE, "{{state}}"),
             named=True,
             empty="down",
+            colours=((RED, None), (ORANGE, 1), (GREEN, 2)),
         ),
         figure(
             "Learned",
@@ -55,7 +62,7 @@ def overview() -> dashboard.Dashboard:
             "s",
             "How long ago the newest whole checkpoint was made: what a crash would repeat. Old, with records learned "
             "since: see StreamkdCheckpointStale.",
-            (f"time() - ({level('checkpoint_last_success_timestamp_seconds', 'job')} > 0)", ""),
+            (age("checkpoint_last_success", "job"), ""),
             empty="none since the start",
             colours=((GREEN, None), (ORANGE, threshold("checkpoint_age_seconds"))),
             decimals=0,

@@ -56,13 +56,14 @@ def agreement(size: Size) -> timeseries.Panel:
     return graph(
         "Agreement",
         "percentunit",
-        "Share of comparisons in which two peers gave the same answer. Between the lines is well. Above "
-        f"{threshold('agreement_high')} they teach one another nothing (StreamkdPeersCollapsed): make them differ; "
-        "far below accuracy they do not learn the same thing (StreamkdPeersDiverged).",
+        "Share of comparisons in which two peers gave the same answer. Between the lines is well. Above the upper "
+        "they teach one another nothing (StreamkdPeersCollapsed): make them differ; below the lower they do not learn "
+        "the same thing (StreamkdPeersDiverged).",
         (share("peer_agreed_total", "peer_compared_total", "job"), "agreement"),
         size=size,
         bounds=(None, 1),
         alert_above=threshold("agreement_high"),
+        alert_below=threshold("agreement_low"),
     )
 
 
@@ -111,8 +112,8 @@ def swaps(size: Size) -> timeseries.Panel:
     return graph(
         "Swaps of the teacher, by reason",
         "short",
-        "Changes of the teacher in office: after a drift, or in the course of things. More than a few an hour that "
-        "are not after drifts: see StreamkdRoleFlapping.",
+        "Changes of the teacher in office: after a drift, or in the course of things. Again and again, with "
+        "few batches between them: see StreamkdRoleFlapping.",
         (events("role_swaps_total", "reason"), "{{reason}}"),
         size=size,
         blocks=True,
@@ -139,7 +140,7 @@ def drifts(size: Size) -> timeseries.Panel:
         "Drifts found",
         "short",
         "Alarms of the drift detector. Each should go with a fall of accuracy that passes. Alarms without falls: "
-        "a smaller drift.detector.delta; falls without alarms: a larger one.",
+        "a smaller drift.detector.delta; falls without alarms: a larger one (StreamkdDriftDetected says how).",
         (
             events("drift_detections_total", "detector", "signal"),
             "{{detector}} on {{signal}}",

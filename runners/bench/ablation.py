@@ -28,7 +28,6 @@ from runners.eval_command import check_targets, write_json
 from runners.evaluate import evaluate
 from runners.picture import COLOURS
 from streamkd.errors import ConfigError
-from streamkd.report import SERVED
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +37,7 @@ class Run:
     stream: Stream
     source: str
     overrides: tuple[str, ...]
+    answer: str
     seed: int
 
 
@@ -68,6 +68,11 @@ class Ablation:
         default = next(row for row in self.scores if row.name == DEFAULT)
         pairs = zip(self.accuracies(row), self.accuracies(default), strict=True)
         return [accuracy - with_all for accuracy, with_all in pairs]
+
+    def speed(self, row: Row) -> float:
+        """Return its records a second over the default's."""
+        default = next(row for row in self.scores if row.name == DEFAULT)
+        return mean(score.speed for score in self.scores[row]) / mean(score.speed for score in self.scores[default])
 
     def as_json(self) -> dict[str, Any]:
         """Return all figures: shares between 0 and 1."""
@@ -147,7 +152,7 @@ def ablations(
         StreamkdError: a run ended with a mistake.
     """
     wanted = {
-        (index, row, seed): Run(stream, row.source, row.overrides, seed)
+        (index, row, seed): Run(stream, row.source, row.overrides, row.answer, seed)
         for index, (stream, _, named) in enumerate(chosen)
         for row in named
         for seed in seeds
@@ -190,7 +195,7 @@ def measure(run: Run) -> Score:
         configuration = run.stream.configuration(run.source, (*run.overrides, letters), seed=run.seed)
         evaluation = evaluate(configuration, lambda _, __: None, records=run.stream.records)
     measures = evaluation.tally.measures()
-    return Score(measures[SERVED].accuracy, measures[NO_CHANGE].accuracy, evaluation.records_per_second)
+    return Score(measures[run.answer].accuracy, measures[NO_CHANGE].accuracy, evaluation.records_per_second)
 
 
 def table(done: Sequence[Ablation]) -> Table:
@@ -207,12 +212,14 @@ def table(done: Sequence[Ablation]) -> Table:
     for one in done:
         shown.add_column(f"{one.stream.name}\naccuracy %", justify="right", no_wrap=True)
         shown.add_column("against\nthe default", justify="right", no_wrap=True)
+    shown.add_column("speed over\nits", justify="right", no_wrap=True)
     names = list(dict.fromkeys(row.name for row in first.scores))
     by_name = [{row.name: row for row in one.scores} for one in done]
     for number, name in enumerate(names):
         cells: list[str] = []
         for one, named in zip(done, by_name, strict=True):
             cells += _cells(one, named[name])
+        cells.append(f"{mean(one.speed(named[name]) for one, named in zip(done, by_name, strict=True)):.2f}")
         group = by_name[0][name].group
         last = number + 1 == len(names) or by_name[0][names[number + 1]].group != group
         shown.add_row(Text(name), *cells, style="bold" if name == DEFAULT else "", end_section=last)

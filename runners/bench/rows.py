@@ -10,6 +10,7 @@ from math import ceil
 import tomli_w
 
 from runners.settings import Configuration, load
+from streamkd.report import SERVED
 from streamkd.settings import PeerSettings
 
 DEFAULT = "the default"
@@ -27,6 +28,7 @@ class Row:
         why: what the row says.
         group: rows of one group stand together in tables.
         source: name of a shipped configuration.
+        answer: whose accuracy is told: what is served, or a peer.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Row:
     why: str
     group: str
     source: str = "default"
+    answer: str = SERVED
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +138,7 @@ def rows(records: int, batch: int) -> list[Row]:
         _unnormed(default),
         _static(default, records, batch),
         *OTHERS,
+        *_small_student(),
     ]
 
 
@@ -195,6 +199,25 @@ def _static(default: Configuration, records: int, batch: int) -> Row:
         f"the first peer teaches, and learns nothing more after {FROZEN:.0%} of the stream",
         "instead",
     )
+
+
+def _small_student() -> list[Row]:
+    """Return a network of eight hidden units by itself, and taught by others."""
+    student = "{name='student', model={kind='mlp', widths=[8]}, optimizer={kind='sgd', lr=0.1}}"
+    forest = "{name='forest', model={kind='river:forest.ARFClassifier', n_models=10}}"
+    named = {"group": "a small student's own answer", "answer": "student"}
+    alone = ("served.averages=false", "served.pool=false")
+    return [
+        Row("student alone", (f"peers=[{student}]", *alone), "eight hidden units, with the same memory", **named),
+        Row(
+            "a forest teaches it",
+            (f"peers=[{forest}, {student}]", "roles.rule=never"),
+            "river's adaptive random forest of ten trees is the teacher",
+            **named,
+        ),
+        Row("large peers beside it", ("distillation.scheme=none",), "and nobody teaches", **named, source="compact"),
+        Row("large peers teach it", (), "the shipped configuration `compact`", **named, source="compact"),
+    ]
 
 
 def _peers(peers: Sequence[PeerSettings]) -> str:

@@ -70,7 +70,9 @@ class Columns:
         Raises:
             RefusedError: a cell is not a finite number.
         """
-        numbers = [self._number(name, cells.get(name)) for name in self.numeric]
+        numbers = self._numbers([cells.get(name) for name in self.numeric])
+        if not self.categorical:
+            return numbers
         hashed = np.zeros((len(self.categorical), self.buckets))
         for row, name in enumerate(self.categorical):
             value = cells.get(name)
@@ -79,7 +81,18 @@ class Columns:
             else:
                 text = f"{name}={value}".encode(errors="surrogatepass")
                 hashed[row, crc32(text) % self.buckets] = 1
-        return np.concatenate([np.array(numbers, dtype=np.float64), hashed.ravel()])
+        return np.concatenate([numbers, hashed.ravel()])
+
+    def _numbers(self, cells: Sequence[object]) -> np.ndarray:
+        """Read all numbers at once; where anything about one of them is unusual, one by one."""
+        try:
+            numbers = np.array([float(cell) for cell in cells])  # type: ignore[arg-type]
+            usual = bool((np.abs(numbers) <= MAX_FLOAT32).all())
+        except (TypeError, ValueError, OverflowError):
+            usual = False
+        if usual and not any(type(cell) is str and ("_" in cell or cell.strip() in self.missing) for cell in cells):
+            return numbers
+        return np.array([self._number(name, cell) for name, cell in zip(self.numeric, cells, strict=True)])
 
     def _number(self, name: str, cell: object) -> float:
         if self._unknown(cell):
