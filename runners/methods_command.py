@@ -12,8 +12,8 @@ from typing import Any
 from docstring_parser import parse
 
 from streamkd import adapters, capacity, drift, features, losses, per_record, replay, roles, schedules
-from streamkd.config import public_functions
 from streamkd.errors import ConfigError
+from streamkd.parts import public_functions
 from streamkd.settings import did_you_mean
 
 OURS = "streamkd"

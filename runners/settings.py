@@ -16,8 +16,8 @@ from runners.feeds.joined import Joined
 from runners.predictions import KINDS as SINKS
 from runners.predictions import Predictions
 from runners.shipped import shipped
-from streamkd.config import make
 from streamkd.errors import ConfigError, FeedError, StreamkdError, reason
+from streamkd.parts import make
 from streamkd.settings import EngineSettings, LabelSettings, Part, Settings, validate
 
 

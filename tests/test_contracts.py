@@ -14,7 +14,7 @@ from runners.feeds.conformance import LAWS, Law, Row, Stand
 from runners.feeds.drifting import drifting
 from runners.feeds.files import text_file
 from streamkd import drift, losses, replay, schedules
-from streamkd.config import public_functions
+from streamkd.parts import public_functions
 from streamkd.testing import check_detector, check_feed, check_loss, check_replay, check_schedule
 
 

@@ -11,11 +11,12 @@ from worlds import stored
 
 from runners.settings import load
 from streamkd import UNLABELLED, Batch, Cohort, Distillation, Engine, Peer, adapters, chance, checkpoint, features
-from streamkd.config import build_engine, public_functions
+from streamkd.config import build_engine
 from streamkd.errors import ConfigError
 from streamkd.features import FeatureLoss, attention_transfer, hint, similarity_preserving, wasserstein
 from streamkd.lesson import Lesson
 from streamkd.models import cnn, mlp, vit
+from streamkd.parts import public_functions
 from streamkd.schedules import complement, constant
 from streamkd.taps import Tapped
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamkd import UNLABELLED, Output, losses
-from streamkd.config import public_functions
 from streamkd.logits import mask_unseen
 from streamkd.losses import (
     Loss,
@@ -25,6 +24,7 @@ from streamkd.losses import (
     soft_label,
     standardised,
 )
+from streamkd.parts import public_functions
 
 LOSSES = list(public_functions(losses).values())
 FROM_ONESELF_ZERO = [loss for loss in LOSSES if loss not in {hard_pseudo_label, soft_label}]

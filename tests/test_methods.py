@@ -6,7 +6,7 @@ import pytest
 
 from runners import cli
 from runners.methods_command import FAMILIES, Family, Method
-from streamkd.config import public_functions
+from streamkd.parts import public_functions
 
 METHODS = [method for family in FAMILIES for method in family.methods]
 

@@ -4,8 +4,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamkd import UNLABELLED, Output, per_record
-from streamkd.config import public_functions
 from streamkd.logits import mask_unseen
+from streamkd.parts import public_functions
 from streamkd.per_record import certainty, difficulty, even
 
 lawful = settings(max_examples=50, deadline=None)

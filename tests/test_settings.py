@@ -10,8 +10,9 @@ from runners.feeds.files import text_file
 from runners.settings import Configuration, load
 from runners.shipped import shipped
 from streamkd import Output, adapters, capacity, drift, features, losses, models, per_record, replay, roles, schedules
-from streamkd.config import build_engine, make, public_functions
+from streamkd.config import build_engine
 from streamkd.errors import ConfigError
+from streamkd.parts import make, public_functions
 from streamkd.settings import Part, keys
 
 FIXED = (

@@ -8,8 +8,8 @@ from typing import Any
 from runners.feeds import NONE, REPLAYABLE, Refuse
 from runners.feeds.formats import Cells, imported
 from runners.feeds.stream import Message, Place, PositionLostError, Start, StreamFeed, open_stream, reading
-from streamkd.config import imported as named
 from streamkd.errors import ConfigError, FeedError, reason
+from streamkd.parts import imported as named
 
 ROWS = 1_024
 """Rows of a table that are decoded at once."""
