@@ -3,14 +3,16 @@
 Each raises AssertionError with a sentence that says what does not hold.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from streamkd.batch import UNLABELLED, Batch, Output
+from streamkd.capacity import Capacity
 from streamkd.drift import DriftDetector
+from streamkd.features import FeatureLoss
 from streamkd.losses import Loss
 from streamkd.replay import ReplayBuffer
 from streamkd.schedules import Schedule, Signals
@@ -30,6 +32,56 @@ def check_loss(loss: Loss, classes: int = 4) -> None:
     _hold(bool(gradient.isfinite().all()), "every gradient is finite")
     alone = torch.stack([loss(Output(student[i]), Output(teacher[i]), y, temperature[i]) for i in range(len(student))])
     _hold(torch.allclose(together, alone, atol=1e-5), "pairs in one call are what they are in calls of their own")
+
+
+def check_feature_loss(loss: FeatureLoss, shape: Sequence[int] = (6, 8)) -> None:
+    """Check a loss on features: one value an example, finite, differentiable, the teacher left alone."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(5, *shape, generator=generator).requires_grad_()
+    teacher = torch.randn(5, *shape, generator=generator)
+    said = loss(student, teacher)
+    _hold(said.shape == (5,), f"one value an example: {list(said.shape)} came of features {[5, *shape]}")
+    _hold(bool(said.isfinite().all()), "every value is finite")
+    (gradient,) = torch.autograd.grad(said.sum(), student)
+    _hold(bool(gradient.isfinite().all()), "every gradient is finite")
+    _hold(bool(gradient.any()), "there is something to learn from another's features")
+
+
+def check_adapter(
+    make: Callable[..., nn.Module], student: Sequence[int] = (6, 4), teacher: Sequence[int] = (6, 8)
+) -> None:
+    """Check an adapter: to the teacher's shape, and trained by what the student learns."""
+    adapter = make(student, teacher)
+    own, other = torch.randn(5, *student).requires_grad_(), torch.randn(5, *teacher)
+    adapted = adapter(own, other)
+    _hold(adapted.shape == other.shape, f"it gives {list(adapted.shape)} where the teacher has {list(other.shape)}")
+    adapted.square().sum().backward()
+    _hold(own.grad is not None and bool(own.grad.isfinite().all()), "its gradient reaches the student")
+    _hold(all(weight.grad is not None for weight in adapter.parameters()), "every weight of it is trained")
+
+
+def check_capacity(make: Callable[[], Capacity], updates: int = 40) -> None:
+    """Check a measure of capacity: a value a peer, never negative, and the same after a restore as without one."""
+    generator = torch.Generator().manual_seed(0)
+    models = [nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))]
+    measure, restored = make(), make()
+    for one in (measure, restored):
+        one.start(models, torch.zeros(1, 4))
+
+    def hear(*measures: Capacity) -> None:
+        p, y = torch.rand(2, 5, 3, generator=generator).softmax(-1), torch.randint(0, 3, (5,), generator=generator)
+        features = [torch.randn(5, width, generator=generator) for width in (4, 8)]
+        for one in measures:
+            one.update(p, y, features)
+
+    for _ in range(updates):
+        hear(measure)
+    _hold(len(measure.values) == len(models), f"one value a peer; there are {len(measure.values)}")
+    _hold(all(0 < value < float("inf") for value in measure.values), f"all are positive: {measure.values}")
+    restored.load_state_dict(measure.state_dict())
+    for _ in range(updates):
+        hear(measure, restored)
+    _hold(measure.values == restored.values, "a restored measure goes on as it would have gone on")
 
 
 def check_schedule(schedule: Schedule) -> None:

@@ -13,15 +13,47 @@ from runners.feeds import Feed
 from runners.feeds.conformance import LAWS, Law, Row, Stand
 from runners.feeds.drifting import drifting
 from runners.feeds.files import text_file
-from streamkd import drift, losses, replay, schedules
+from streamkd import adapters, capacity, drift, features, losses, per_record, replay, schedules
 from streamkd.parts import public_functions
-from streamkd.testing import check_detector, check_feed, check_loss, check_replay, check_schedule
+from streamkd.testing import (
+    check_adapter,
+    check_capacity,
+    check_detector,
+    check_feature_loss,
+    check_feed,
+    check_loss,
+    check_replay,
+    check_schedule,
+)
 
 
 @pytest.mark.parametrize("name", sorted(public_functions(losses)))
 @pytest.mark.parametrize("classes", [2, 5])
 def test_losses(name: str, classes: int) -> None:
     check_loss(public_functions(losses)[name], classes)
+
+
+@pytest.mark.parametrize("name", sorted(public_functions(per_record)))
+@pytest.mark.parametrize("classes", [2, 5])
+def test_temperatures_of_records(name: str, classes: int) -> None:
+    check_loss(lambda *said: losses.kd(*said[:3], public_functions(per_record)[name](*said)), classes)
+
+
+@pytest.mark.parametrize("name", sorted(public_functions(features)))
+@pytest.mark.parametrize("shape", [(6, 8), (8, 3, 4)])
+def test_feature_losses(name: str, shape: tuple[int, ...]) -> None:
+    check_feature_loss(public_functions(features)[name], shape)
+
+
+@pytest.mark.parametrize("name", sorted(public_functions(adapters)))
+def test_adapters(name: str) -> None:
+    shapes = [(6, 3, 4), (8, 3, 4)] if name == "convolution" else [(6, 4), (6, 8)]
+    check_adapter(public_functions(adapters)[name], *shapes)
+
+
+@pytest.mark.parametrize("name", sorted(public_functions(capacity)))
+def test_capacities(name: str) -> None:
+    check_capacity(public_functions(capacity)[name])
 
 
 @pytest.mark.parametrize("name", sorted(public_functions(schedules)))
