@@ -345,9 +345,8 @@ class Cohort:
         )
         if isinstance(self.distillation.temperature, Curriculum):
             slopes = slope(self.distillation.loss, student, taught, lesson.y, temperature=rule.temperatures)
-            self.slopes = (
-                slopes.new_zeros(len(self)).index_add_(0, rule.students, slopes * rule.portions[:, 0]).tolist()
-            )
+            shares = slopes.nan_to_num(0.0) * rule.portions[:, 0]  # a student that broke down has none
+            self.slopes = shares.new_zeros(len(self)).index_add_(0, rule.students, shares).tolist()
         return (
             torch.zeros_like(hard).index_add_(0, rule.students, weights * loss),
             torch.zeros_like(hard).index_add_(0, rule.students, loss * rule.portions),
