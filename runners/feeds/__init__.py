@@ -12,6 +12,7 @@ KINDS = {
     "jsonl": "runners.feeds.files:text_file",
     "redis": "runners.feeds.redis_streams:redis_stream",
     "nats": "runners.feeds.jetstream:jetstream",
+    "kafka": "runners.feeds.kafka:kafka",
     "tail": "runners.feeds.tail:tail",
     "stdin": "runners.feeds.stdin:stdin",
     "parquet": "runners.feeds.rows:table_file",
