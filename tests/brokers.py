@@ -30,6 +30,7 @@ class Broker:
         ask: what is sent to find out whether it is ready, and what its answer starts with.
         files: for the folder, name -> text, filled in likewise, with one more free port, `{other}`.
         first: a command that prepares the folder.
+        end: the signal that ends it.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Broker:
         *,
         files: Mapping[str, str] = MappingProxyType({}),
         first: Sequence[str] = (),
+        end: signal.Signals = signal.SIGKILL,
     ) -> None:
         if shutil.which(command[0]) is None:
             pytest.skip(f"{command[0]} is not installed (Debian: apt-get install {package})")
@@ -52,7 +54,7 @@ class Broker:
         if first:
             subprocess.run([*map(filled, first)], check=True, capture_output=True)
         self._command = [*map(filled, command)]
-        self._ask = ask
+        self._ask, self._end = ask, end
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -78,9 +80,9 @@ class Broker:
             return False
 
     def stop(self) -> None:
-        """End it as its crash would."""
+        """End it; as its crash would, unless another signal was given."""
         if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
+            self._process.send_signal(self._end)
             self._process.wait()
             self._process = None
 

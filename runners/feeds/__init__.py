@@ -13,6 +13,7 @@ KINDS = {
     "redis": "runners.feeds.redis_streams:redis_stream",
     "nats": "runners.feeds.jetstream:jetstream",
     "kafka": "runners.feeds.kafka:kafka",
+    "mqtt": "runners.feeds.mqtt:mqtt",
     "tail": "runners.feeds.tail:tail",
     "stdin": "runners.feeds.stdin:stdin",
     "parquet": "runners.feeds.rows:table_file",
