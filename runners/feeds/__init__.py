@@ -14,6 +14,7 @@ KINDS = {
     "nats": "runners.feeds.jetstream:jetstream",
     "kafka": "runners.feeds.kafka:kafka",
     "mqtt": "runners.feeds.mqtt:mqtt",
+    "http": "runners.feeds.http_push:http",
     "tail": "runners.feeds.tail:tail",
     "stdin": "runners.feeds.stdin:stdin",
     "parquet": "runners.feeds.rows:table_file",

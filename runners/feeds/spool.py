@@ -64,7 +64,9 @@ class Spool:
         """Write bytes; what a full disk took of them is taken back."""
         before = self._file.tell()
         try:
-            self._file.write(data)
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
         except OSError:
             with suppress(OSError):
@@ -80,7 +82,7 @@ class Spool:
 
     @property
     def full(self) -> bool:
-        """Whether more should wait elsewhere until some is pruned; the last segment never is, so it may be of any size."""
+        """Whether more should wait elsewhere until some is pruned; the last segment never is, whatever its size."""
         return self._size >= self._most_in_all and len(self._numbers()) > 1
 
     def first(self) -> dict[str, int]:
@@ -100,10 +102,12 @@ class Spool:
         """Give each whole line after a place, with the place after it."""
         segment, offset = place["segment"], place["offset"]
         while segment <= self._number:
+            with self._lock:  # what is not yet on the disk may be taken back
+                end = self._file.tell() if segment == self._number else self._path(segment).stat().st_size
             with self._path(segment).open("rb") as file:
                 file.seek(offset)
                 for line in file:
-                    if not line.endswith(b"\n"):
+                    if not line.endswith(b"\n") or offset + len(line) > end:
                         return
                     offset += len(line)
                     yield line, {"segment": segment, "offset": offset}
