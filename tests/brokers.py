@@ -87,6 +87,36 @@ class Broker:
             self._process = None
 
 
+def redis_server(folder: Path, *options: str) -> Broker:
+    command = ["redis-server", "--bind", "127.0.0.1", "--port", "{port}", "--dir", "{folder}", "--save", "", *options]
+    return Broker("redis-server", command, folder, (b"PING\r\n", b"+PONG"))
+
+
+def nats_server(folder: Path) -> Broker:
+    return Broker("nats-server", ["nats-server", "-a", "127.0.0.1", "-p", "{port}", "-js", "-sd", "{folder}"], folder)
+
+
+MOSQUITTO = """
+listener {port} 127.0.0.1
+allow_anonymous true
+user root
+persistence true
+persistence_location {folder}/
+max_queued_messages 0
+"""
+
+
+def mosquitto(folder: Path) -> Broker:
+    """One that is told to end rather than killed, as it keeps what sessions have not acknowledged only then."""
+    return Broker(
+        "mosquitto",
+        ["mosquitto", "-c", "{folder}/mosquitto.conf"],
+        folder,
+        files={"mosquitto.conf": MOSQUITTO},
+        end=signal.SIGTERM,
+    )
+
+
 JARS = os.environ.get("KAFKA_JARS", str(Path(__file__).parent / "kafka" / "jars"))
 JAVA = ["java", "-Xmx384m", "-XX:TieredStopAtLevel=1", "-cp", f"{JARS}/*"]
 PROPERTIES = """

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import Broker
+from brokers import Broker, mosquitto
 from test_commands import fetched, started, told
 
 from runners.feeds import DeadLetter, conformance
@@ -21,29 +21,13 @@ from streamkd.errors import ConfigError
 
 client_of = pytest.importorskip("paho.mqtt.client", reason="the client is not installed: pip install 'streamkd[mqtt]'")
 
-# It keeps what a session has not acknowledged when it is told to end, and not when it is killed.
-CONFIGURATION = """
-listener {port} 127.0.0.1
-allow_anonymous true
-user root
-persistence true
-persistence_location {folder}/
-max_queued_messages 0
-"""
 SESSIONS = (f"session-{number}" for number in count())
 COMMON: dict[str, Any] = {"label": "y", "id": "id", "max_classes": 5}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    folder = tmp_path_factory.mktemp("mqtt")
-    made = Broker(
-        "mosquitto",
-        ["mosquitto", "-c", "{folder}/mosquitto.conf"],
-        folder,
-        files={"mosquitto.conf": CONFIGURATION},
-        end=signal.SIGTERM,
-    )
+    made = mosquitto(tmp_path_factory.mktemp("mqtt"))
     yield made
     made.stop()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import Broker
+from brokers import Broker, nats_server
 from outage import costs_nothing
 
 from runners.bench.kill import RECORDS, TABLE, arguments, ended, in_a_child, kill_loop, write_table
@@ -24,8 +24,7 @@ nats = pytest.importorskip("nats", reason="the client is not installed: pip inst
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    command = ["nats-server", "-a", "127.0.0.1", "-p", "{port}", "-js", "-sd", "{folder}"]
-    made = Broker("nats-server", command, tmp_path_factory.mktemp("nats"))
+    made = nats_server(tmp_path_factory.mktemp("nats"))
     yield made
     made.stop()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from brokers import Broker
+from brokers import Broker, redis_server
 from outage import costs_nothing
 from test_commands import started, streamkd, told
 
@@ -32,8 +32,7 @@ NOBODY = torch.zeros(0)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    command = "redis-server --bind 127.0.0.1 --port {port} --dir {folder} --save  --appendonly yes --appendfsync always"
-    made = Broker("redis-server", command.split(" "), tmp_path_factory.mktemp("redis"), (b"PING\r\n", b"+PONG"))
+    made = redis_server(tmp_path_factory.mktemp("redis"), "--appendonly", "yes", "--appendfsync", "always")
     yield made
     made.stop()
 
