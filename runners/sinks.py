@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from pydantic import Field
 
@@ -18,10 +18,12 @@ from runners.feeds.kafka import client_settings
 from runners.feeds.mqtt import PORTS
 from runners.feeds.redis_streams import Server
 from runners.feeds.stream import Names, UnreachableError
+from runners.passwords import from_environment
 from streamkd.errors import ConfigError, FeedError, reason
 
 SECONDS = 5.0
 """For a broker to acknowledge."""
+ENVIRONMENT_KEY = "predictions.password_env"
 MOST_UNDER_WAY = 100_000
 """Messages that Kafka's client may hold."""
 
@@ -66,7 +68,7 @@ def redis_entries(
         FeedError: the server cannot be reached.
         ConfigError: a setting does not fit.
     """
-    server = Server(url, _password(password_env) or None, key="predictions")
+    server = Server(url, from_environment(password_env, ENVIRONMENT_KEY), key="predictions")
     try:
         server.ask(("ping",))
     except UnreachableError as error:
@@ -143,7 +145,7 @@ def nats_messages(
         FeedError: the server cannot be reached.
         ConfigError: a setting does not fit.
     """
-    password = _password(password_env)
+    password = from_environment(password_env, ENVIRONMENT_KEY)
     sink = Messages(url, subject, {"user": user, "password": password} if user else {})
     try:
         sink.put(())
@@ -284,8 +286,9 @@ def mqtt_publications(
         raise ConfigError(f"predictions.url = {url!r}: write it as mqtt://host:port, or mqtts://host:port for TLS")
     name = f"streamkd-predictions-{socket.gethostname()}-{os.getpid()}"
     client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=name, protocol=paho.MQTTv5)
-    if user:
-        client.username_pw_set(user, _password(password_env) or None)
+    password = from_environment(password_env, ENVIRONMENT_KEY) or unquote(parts.password or "")
+    if user or parts.username:
+        client.username_pw_set(user or unquote(parts.username or ""), password or None)
     if parts.scheme == "mqtts":
         client.tls_set()
     sink = Publications(client, topic)
@@ -301,17 +304,6 @@ def mqtt_publications(
             raise _unreachable("url", url, "it does not let us in")
         time.sleep(0.01)
     return sink
-
-
-def _password(name: str) -> str:
-    """Return the password that an environment variable holds; empty where none is named.
-
-    Raises:
-        ConfigError: there is no such variable.
-    """
-    if name and name not in os.environ:
-        raise ConfigError(f"predictions.password_env = {name!r}: there is no such environment variable; set it")
-    return os.environ[name] if name else ""
 
 
 def _unreachable(key: str, value: str, why: str) -> FeedError:

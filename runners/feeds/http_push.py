@@ -3,7 +3,6 @@
 import asyncio
 import hmac
 import json
-import os
 import socket
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from runners.feeds.formats import decoder
 from runners.feeds.spool import MOST_BYTES, Spool
 from runners.feeds.spooled import Arrivals, Spooled, as_line, from_line
 from runners.feeds.stream import StreamFeed, UnreachableError, open_stream, reading
-from streamkd.errors import ConfigError
+from runners.passwords import from_environment
 
 PATH = "/v1/records"
 MOST_BODY = 16 << 20
@@ -168,10 +167,10 @@ def http(
         ConfigError: a setting does not fit.
     """
     settings = reading(options)
-    if token_env and not os.environ.get(token_env):
-        raise ConfigError(f"feed.token_env = {token_env!r}: there is no such environment variable; set it")
     lines = format in {"json", "csv"}
-    door = Door(host, port, lines=lines, json_lines=format == "json", token=os.environ.get(token_env, ""))
+    door = Door(
+        host, port, lines=lines, json_lines=format == "json", token=from_environment(token_env, "feed.token_env")
+    )
     return open_stream(
         Spooled(door, Spool(spool, spool_bytes), bytes if lines else from_line),
         decoder(format, columns=settings.columns, delimiter=delimiter),

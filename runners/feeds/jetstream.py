@@ -1,7 +1,6 @@
 """NATS JetStream, by the sequence numbers of a stream; a durable consumer may be told what is safe."""
 
 import asyncio
-import os
 from collections import deque
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +22,7 @@ from runners.feeds.stream import (
     open_stream,
     reading,
 )
-from streamkd.errors import ConfigError
+from runners.passwords import from_environment
 
 SECONDS = 1.0
 """For an answer; a server that takes longer is taken for lost."""
@@ -270,11 +269,10 @@ def jetstream(
         ConfigError: a setting does not fit.
     """
     settings = reading(options)
-    if password_env and password_env not in os.environ:
-        raise ConfigError(f"feed.password_env = {password_env!r}: there is no such environment variable; set it")
+    password = from_environment(password_env, "feed.password_env")
     login = {
         **({"user": user} if user else {}),
-        **({"password": os.environ[password_env]} if password_env else {}),
+        **({"password": password} if password else {}),
         **({"user_credentials": str(credentials)} if credentials else {}),
     }
     return open_stream(

@@ -1,6 +1,5 @@
 """Kafka: by partition and offset, each message exactly once; or as a member of a consumer group, at least once."""
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -23,6 +22,7 @@ from runners.feeds.stream import (
     open_stream,
     reading,
 )
+from runners.passwords import from_environment
 from streamkd.errors import ConfigError
 
 SECONDS = 5.0
@@ -522,10 +522,9 @@ def client_settings(
     for name, why in OURS.items():
         if name in client:
             raise ConfigError(f"{key}.client: {name} is not to be set there: {why}")
-    if password_env and password_env not in os.environ:
-        raise ConfigError(f"{key}.password_env = {password_env!r}: there is no such environment variable; set it")
+    secret = from_environment(password_env, f"{key}.password_env")
     login = {"security.protocol": "SASL_SSL", "sasl.mechanism": "PLAIN", "sasl.username": user} if user else {}
-    password = {"sasl.password": os.environ[password_env]} if password_env else {}
+    password = {"sasl.password": secret} if secret else {}
     quiet = {"log_level": 0}  # what matters is told by the feed
     return {**quiet, **login, **password, **client, "bootstrap.servers": servers}
 

@@ -1,13 +1,12 @@
 """MQTT: a persistent session of quality of service 1; a message is acknowledged when it is on our disk."""
 
-import os
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from zlib import crc32
 
 from pydantic import Field
@@ -17,6 +16,7 @@ from runners.feeds.formats import decoder, imported
 from runners.feeds.spool import MOST_BYTES, Spool
 from runners.feeds.spooled import Arrivals, Spooled, as_line, from_line
 from runners.feeds.stream import StreamFeed, UnreachableError, open_stream, reading
+from runners.passwords import from_environment
 from streamkd.errors import ConfigError
 
 SECONDS = 1.5
@@ -224,15 +224,13 @@ def mqtt(
     parts = urlsplit(url)
     if parts.scheme not in PORTS or not parts.hostname:
         raise ConfigError(f"feed.url = {url!r}: write it as mqtt://host:port, or mqtts://host:port for TLS")
-    if password_env and password_env not in os.environ:
-        raise ConfigError(f"feed.password_env = {password_env!r}: there is no such environment variable; set it")
     subscription = Subscription(
         parts.hostname,
         parts.port or PORTS[parts.scheme],
         topic,
         session=session or f"streamkd-{socket.gethostname()}",
-        user=user,
-        password=os.environ.get(password_env, ""),
+        user=user or unquote(parts.username or ""),
+        password=from_environment(password_env, "feed.password_env") or unquote(parts.password or ""),
         tls=parts.scheme == "mqtts",
     )
     return open_stream(
