@@ -179,7 +179,7 @@ def test_whatever_was_answered_with_202_is_learned_though_the_process_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    port, kills, accepted, unanswered = free_port(), 4, [0], [0]
+    port, kills, accepted, unanswered = free_port(), 2, [0], [0]
     given = ["feed.kind=http", f"feed.port={port}", "feed.spool=spool", "feed.columns=['a', 'b']", "feed.label=y"]
     given += ["checkpoint.directory=saved", "checkpoint.every_records=160", "http.port=0", "log.level=info"]
     command = ["run", "default", *(f"--set={setting}" for setting in given)]

@@ -86,8 +86,10 @@ def test_by_offset_it_keeps_the_laws_of_feeds(law: Law, brokers: Publisher) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("law", conformance.LAWS)
-def test_in_a_group_it_keeps_the_laws_of_feeds(law: Law, brokers: Publisher) -> None:
+@pytest.mark.parametrize(
+    "law", [conformance.records_come_in_order_and_once, conformance.what_is_not_committed_comes_again]
+)
+def test_in_a_group_it_keeps_some_laws_of_feeds(law: Law, brokers: Publisher) -> None:
     law(mocked(brokers, law, group="g", client={"session.timeout.ms": 6_000}))
 
 
@@ -224,10 +226,10 @@ def test_a_killed_run_ends_where_an_unbroken_one_ends(
     feed = ["feed.kind=kafka", f"feed.servers={brokers.servers}", "feed.topic=s", "feed.label=y", "feed.follow=false"]
     # In a process of its own, whose children inherit none of the client's threads and locks.
     program = (
-        "import sys; from runners.bench.kill import kill_loop; print(kill_loop('default', 8, 4, feed=sys.argv[1:]))"
+        "import sys; from runners.bench.kill import kill_loop; print(kill_loop('default', 4, 4, feed=sys.argv[1:]))"
     )
     run = subprocess.run([sys.executable, "-c", program, *feed], capture_output=True, text=True, check=True)
-    found = re.fullmatch(r"Outcome\(kills=8, .*, ends=(\d+), equal=(\d+)\)\n", run.stdout)
+    found = re.fullmatch(r"Outcome\(kills=4, .*, ends=(\d+), equal=(\d+)\)\n", run.stdout)
     assert found is not None
     assert found[1] == found[2] >= "1"
 

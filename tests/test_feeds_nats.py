@@ -151,7 +151,7 @@ def table(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> li
 
 @pytest.mark.slow
 def test_a_killed_run_ends_where_an_unbroken_one_ends(table: list[str]) -> None:
-    outcome = kill_loop("default", 8, seed=2, feed=[*table, "feed.follow=false"])
+    outcome = kill_loop("default", 4, seed=2, feed=[*table, "feed.follow=false"])
     assert outcome.equal == outcome.ends >= 1
 
 
