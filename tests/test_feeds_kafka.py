@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -16,11 +17,13 @@ import brokers as brokers_of_tests
 import pytest
 from brokers import Broker
 from outage import costs_nothing
+from test_commands import fetched, started, streamkd, told
 
-from runners.bench.kill import TABLE, write_table
+from runners.bench.kill import TABLE, arguments, write_table
 from runners.feeds import DeadLetter, conformance
 from runners.feeds.conformance import Law, Stand
-from runners.feeds.kafka import kafka
+from runners.feeds.kafka import Reader, kafka
+from streamkd import checkpoint
 from streamkd.errors import ConfigError
 from streamkd.testing import check_feed
 
@@ -102,6 +105,28 @@ def test_partitions_come_in_the_order_of_their_time_stamps_from_every_position(b
     feed.close()
     assert names == [f"r{n}" for n in range(90)]
     check_feed(lambda: kafka(topic="s", servers=brokers.servers, follow=False, refuse=nobody, **COMMON), records=23)
+
+
+def test_a_partition_that_is_paused_goes_on_where_it_was(brokers: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partitions of which one is far ahead in time, so that the others wait for it, and run ahead."""
+    monkeypatch.setattr("runners.feeds.kafka.MOST_AHEAD", 100)
+    pauses: list[int] = []
+    breathe = Reader._breathe  # noqa: SLF001 - what is watched
+
+    def watched(reader: Reader) -> None:
+        breathe(reader)
+        pauses.append(len(reader._paused))  # noqa: SLF001 - likewise
+
+    monkeypatch.setattr(Reader, "_breathe", watched)
+    brokers.publish(conformance.rows(0, 3_000), (0,), first=1)
+    brokers.publish(conformance.rows(3_000, 6_000), (1,), first=3_001)
+    feed = kafka(topic="s", servers=brokers.servers, follow=False, refuse=nobody, **COMMON)
+    names = []
+    while (batch := feed.poll(64)) is not None:
+        names += batch.ids
+    feed.close()
+    assert names == [f"r{n}" for n in range(6_000)]
+    assert any(pauses)
 
 
 def test_only_the_partitions_wanted_come(brokers: Publisher) -> None:
@@ -247,6 +272,39 @@ def test_a_broker_that_is_gone_for_ten_seconds_costs_nothing_and_is_told(
 
 
 @pytest.mark.slow
+def test_killed_members_of_a_group_learn_all_and_little_of_it_twice(
+    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At least once: what was in no checkpoint, or not yet committed, is learned again."""
+    monkeypatch.chdir(tmp_path)
+    topic, interval, kills = Real(broker, partitions=2), 160, 3
+    rows = drifting()
+    topic.publish(rows, 0, 1)
+    feed = ["feed.kind=kafka", f"feed.servers={topic.server}", f"feed.topic={topic.topic}", "feed.label=y"]
+    more = ["feed.group=members", "feed.client={'session.timeout.ms' = 6000}", "labels.delay=0", "log.level=info"]
+    command = arguments("default", Path("saved"), [*feed, *more])
+    for _ in range(kills):
+        with started(*command) as daemon:
+            told(daemon, "checkpoint")
+            daemon.kill()
+    with started(*command) as daemon:
+        port = told(daemon, "listening")["port"]
+        wanted = [f'streamkd_feed_lag_records{{feed="kafka",partition="{number}"}} 0.0' for number in (0, 1)]
+        patience = time.monotonic() + 60
+        while not all(line in fetched(port, "/metrics")[1] for line in wanted) and time.monotonic() < patience:
+            time.sleep(0.2)
+        time.sleep(0.5)  # what was read last is learned
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(timeout=20) == 0
+    learned = checkpoint.about(checkpoint.found(Path("saved"))[0])["records"]
+    assert len(rows) <= learned <= len(rows) + kills * 2 * interval
+    consumer = confluent_kafka.Consumer({"bootstrap.servers": topic.server, "group.id": "members"})
+    committed = consumer.committed([TopicPartition(topic.topic, number) for number in (0, 1)], timeout=10)
+    consumer.close()
+    assert sum(one.offset for one in committed) == len(rows)
+
+
+@pytest.mark.slow
 def test_partitions_that_are_added_are_read_from_their_beginning(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,3 +356,19 @@ def test_only_the_partition_that_lost_its_position_is_read_anew(broker: Broker) 
 def test_a_setting_that_does_not_fit_is_told(options: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         kafka(topic="s", refuse=nobody, **COMMON, **options)
+
+
+def test_check_shows_three_records_and_a_broker_that_is_away(
+    brokers: Publisher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    brokers.publish(conformance.rows(0, 10))
+    settings = ["feed.topic=s", "feed.id=id", "http.port=0"]
+    given = [f"--set={setting}" for setting in settings]
+    assert streamkd(monkeypatch, "check", "kafka", *given, f"--set=feed.servers={brokers.servers}") == 0
+    shown = capsys.readouterr().out
+    for word in ("First 3 records", "effectively once", "waiting", "It would run"):
+        assert word in shown
+    assert streamkd(monkeypatch, "check", "kafka", *given, "--set=feed.servers=127.0.0.1:1") == 3
+    assert "feed.servers = '127.0.0.1:1': cannot be reached" in capsys.readouterr().err

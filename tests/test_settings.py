@@ -138,7 +138,10 @@ def test_the_compact_student_is_at_least_ten_times_smaller_than_its_teachers() -
 
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_shipped_configuration_builds(name: str) -> None:
-    assert len(build_engine(load(name), (6,)).cohort) >= 2
+    configuration = load(name)
+    assert len(build_engine(configuration, (6,)).cohort) >= 2
+    options = {} if configuration.feed is None else configuration.feed.options
+    assert not {"name", "model", "optimizer"} & options.keys()  # which are of peers
 
 
 def test_every_kind_of_feed_has_a_shipped_configuration_to_start_from() -> None:

@@ -27,8 +27,10 @@ from streamkd.errors import ConfigError
 
 SECONDS = 5.0
 """For an answer; a broker that takes longer is taken for lost."""
-REFUSED_SECONDS = 1.0
+REFUSED_SECONDS = 0.7
 """For one after no address could be connected to: the next address of the same host may answer."""
+NAME_SECONDS = 2.0
+"""For it to say which topic it is that has the name."""
 JOIN_SECONDS = 30.0
 """For a group to let a member in: others finish their steps first, and one that was killed is waited for."""
 MOMENT = 0.05
@@ -94,16 +96,16 @@ class Reader:
         self._client = self._kafka.Consumer(
             {**self._settings, "error_cb": self._hear, "on_commit": lambda error, _: self._on_commit(error)}
         )
-        begun = time.monotonic()
+        begun, patience = time.monotonic(), MOMENT
         while True:
             try:
-                partitions = self.partitions(MOMENT)
+                partitions = self.partitions(patience)
             except self._kafka.KafkaException as error:
                 self.client.poll(0)  # which tells of what went wrong meanwhile
                 waited = time.monotonic() - begun
                 if waited > (REFUSED_SECONDS if self._fault else SECONDS):
                     raise UnreachableError(self._fault or _told(error)) from error
-                time.sleep(MOMENT)
+                patience = min(2 * patience, SECONDS)  # it may be far away
             else:
                 self._fault = ""
                 return partitions
@@ -127,9 +129,9 @@ class Reader:
         if not self._controlled:  # librdkafka's own brokers, for one; nobody would answer
             return ""
         admin = self._admin.AdminClient(dict(self._settings))
-        asked = admin.describe_topics(self._kafka.TopicCollection([self.topic]), request_timeout=REFUSED_SECONDS)
+        asked = admin.describe_topics(self._kafka.TopicCollection([self.topic]), request_timeout=NAME_SECONDS)
         try:
-            return str(asked[self.topic].result(timeout=2 * REFUSED_SECONDS).topic_id)
+            return str(asked[self.topic].result(timeout=2 * NAME_SECONDS).topic_id)
         except (self._kafka.KafkaException, TimeoutError):
             return ""
 
