@@ -19,6 +19,7 @@ from monitoring.server import listen
 from runners import saver, session
 from runners.dead_letters import DeadLetters, probe
 from runners.feeds import DeadLetter
+from runners.passwords import without_secrets
 from runners.settings import Configuration
 from streamkd import checkpoint
 from streamkd.batch import UNLABELLED, Batch
@@ -56,7 +57,7 @@ def check(configuration: Configuration, console: Console) -> None:
         _try_process(running)
     finally:
         feed.close()
-    resolved = tomli_w.dumps(_without_none(configuration.model_dump(mode="json")))
+    resolved = tomli_w.dumps(without_secrets(_without_none(configuration.model_dump(mode="json"))))
     console.print("[bold]Configuration[/], defaults included")
     console.print(Syntax(resolved, "toml", background_color="default"))
     console.print(_feed({**description, "promise": feed.capabilities.promise}))

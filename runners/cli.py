@@ -378,9 +378,11 @@ def main() -> None:
             raise
         from rich.console import Console
 
+        from runners.passwords import masked
+
         console = Console(stderr=True, highlight=False, emoji=False)
         console.print("[bold red]streamkd:[/]", end=" ")
-        console.print(str(error), markup=False)
+        console.print(masked(str(error)), markup=False)
         sys.exit(error.exit_code)
 
 

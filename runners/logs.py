@@ -8,6 +8,8 @@ from typing import Any
 
 import structlog
 
+from runners.passwords import without_secrets
+
 QUIET_SECONDS = 10.0
 """A warning or error is not repeated sooner; how many were kept back is told with the next one."""
 
@@ -21,6 +23,7 @@ def configure(level: str) -> structlog.stdlib.BoundLogger:
             Once(),
             structlog.processors.TimeStamper(fmt="iso", utc=not for_people),
             structlog.processors.dict_tracebacks,
+            _masked,
             structlog.dev.ConsoleRenderer() if for_people else structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
@@ -29,6 +32,11 @@ def configure(level: str) -> structlog.stdlib.BoundLogger:
     )
     log: structlog.stdlib.BoundLogger = structlog.get_logger()
     return log
+
+
+def _masked(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Return an event without passwords."""
+    return {key: without_secrets(value, key.rpartition(".")[2]) for key, value in event.items()}
 
 
 class Once:

@@ -5,21 +5,20 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Protocol
-
-from pydantic import Field
+from typing import Any, Protocol
 
 from runners.dead_letters import can_be_written
-from runners.feeds.redis_streams import Server
-from runners.feeds.stream import UnreachableError
 from streamkd.batch import Batch
-from streamkd.errors import ConfigError, FeedError
+from streamkd.errors import ConfigError
 from streamkd.report import Report
 
 KINDS = {
     "none": "runners.predictions:nowhere",
     "jsonl": "runners.predictions:json_lines",
-    "redis": "runners.predictions:redis_entries",
+    "redis": "runners.sinks:redis_entries",
+    "nats": "runners.sinks:nats_messages",
+    "kafka": "runners.sinks:kafka_records",
+    "mqtt": "runners.sinks:mqtt_publications",
 }
 """Where predictions can go, by `predictions.kind`."""
 MOST_WAITING = 100_000
@@ -180,57 +179,6 @@ def json_lines(path: Path) -> Lines:
     if not can_be_written(path) or path.is_dir():
         raise ConfigError(f"predictions.path = {str(path)!r}: cannot be written; name a file that can")
     return Lines(path)
-
-
-class Entries:
-    """A Redis stream, an entry a prediction, in its field `data`."""
-
-    def __init__(self, server: Server, stream: str, most: int) -> None:
-        self._server, self._stream, self._most = server, stream, most
-
-    def put(self, lines: Sequence[str]) -> None:
-        """Append entries, in one transaction."""
-        try:
-            self._server.ask(*(("xadd", self._stream, {"data": line}, "*", self._most) for line in lines))
-        except UnreachableError as error:
-            raise OSError(str(error)) from error
-
-    def sync(self) -> None:
-        """Do nothing: what the server has acknowledged is as safe as it is configured to keep it."""
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._server.close()
-
-
-def redis_entries(
-    *,
-    stream: Annotated[str, Field(min_length=1)],
-    url: str = "redis://127.0.0.1:6379/0",
-    password_env: str = "",
-    most: Annotated[int, Field(ge=1)] = 1_000_000,
-) -> Entries:
-    """Append predictions to a Redis stream.
-
-    Args:
-        stream: its key.
-        url: of the server.
-        password_env: name of the environment variable that holds the password.
-        most: entries that are kept, roughly; the oldest go first.
-
-    Raises:
-        FeedError: the server cannot be reached.
-        ConfigError: a setting does not fit.
-    """
-    if password_env and password_env not in os.environ:
-        raise ConfigError(f"predictions.password_env = {password_env!r}: there is no such environment variable; set it")
-    server = Server(url, os.environ.get(password_env) if password_env else None, key="predictions")
-    try:
-        server.ask(("ping",))
-    except UnreachableError as error:
-        server.close()
-        raise FeedError(f"predictions.url = {url!r}: cannot be reached ({error}); start it, or name another") from error
-    return Entries(server, stream, most)
 
 
 def _labels(description: Mapping[str, Any], classes: int) -> list[str]:

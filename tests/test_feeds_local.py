@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -11,7 +13,17 @@ from typing import Any
 
 import pytest
 
-from runners.bench.kill import TABLE, kill_loop, write_table
+from runners.bench.kill import (
+    TABLE,
+    arguments,
+    drain,
+    ended,
+    in_a_child,
+    kill_loop,
+    notified,
+    wait_until_ready,
+    write_table,
+)
 from runners.feeds import DeadLetter, conformance
 from runners.feeds.conformance import LAWS, Law, Row, Stand, rows
 from runners.feeds.rows import iterable, table_file
@@ -19,7 +31,7 @@ from runners.feeds.spool import Spool
 from runners.feeds.stdin import stdin
 from runners.feeds.stream import StreamFeed
 from runners.feeds.tail import tail
-from streamkd import Batch
+from streamkd import Batch, checkpoint
 from streamkd.errors import ConfigError, FeedError
 from streamkd.testing import check_feed
 
@@ -279,7 +291,7 @@ def test_what_is_no_iterable_of_pairs_is_told() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tail", "parquet"])
+@pytest.mark.parametrize("kind", ["tail", "parquet", "stdin"])
 def test_a_killed_run_ends_where_an_unbroken_one_ends(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,8 +300,38 @@ def test_a_killed_run_ends_where_an_unbroken_one_ends(
     if kind == "parquet":
         parquet = pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pytest.importorskip("pyarrow.csv").read_csv(TABLE), "t.parquet")
-        feed = ["feed.kind=parquet", "feed.path=t.parquet", "feed.label=y"]
+        feed = ["feed.path=t.parquet"]
+    elif kind == "stdin":  # all that came is in the spool, and the pipe has ended
+        spool = Spool(Path("spool"))
+        with TABLE.open(encoding="utf-8", newline="") as file:
+            spool.append(b"".join(json.dumps(row).encode() + b"\n" for row in csv.DictReader(file)))
+        spool.close()
+        feed = ["feed.spool=spool", f"feed.descriptor={os.open(os.devnull, os.O_RDONLY)}"]
     else:
-        feed = ["feed.kind=tail", "feed.format=csv", f"feed.path={TABLE}", "feed.label=y", "feed.follow=false"]
-    outcome = kill_loop("default", 8, seed=1, feed=feed)
+        feed = ["feed.format=csv", f"feed.path={TABLE}", "feed.follow=false"]
+    outcome = kill_loop("default", 4, seed=1, feed=[f"feed.kind={kind}", "feed.label=y", *feed])
     assert outcome.equal == outcome.ends >= 1
+
+
+@pytest.mark.slow
+def test_what_comes_through_a_pipe_while_runs_are_killed_is_learned_once(
+    pipe: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    reader, writer = pipe
+    given = ["feed.kind=stdin", "feed.spool=spool", f"feed.descriptor={reader}", "feed.label=y", "feed.id=id"]
+    command = arguments("default", Path("saved"), [*given, "labels.delay=0"])
+    rows_of_all = rows(0, 2_000)
+    with notified() as channel:
+        for begin in range(0, 2_000, 1_000):
+            drain(channel)
+            put(writer, rows_of_all[begin : begin + 500])
+            pid = in_a_child(*command)
+            wait_until_ready(channel)
+            put(writer, rows_of_all[begin + 500 : begin + 1_000])
+            time.sleep(0.3)
+            os.kill(pid, signal.SIGKILL)
+            assert ended(pid) == -signal.SIGKILL
+    os.close(writer)
+    assert ended(in_a_child(*command)) == 0
+    assert checkpoint.about(checkpoint.found(Path("saved"))[0])["records"] == 2_000

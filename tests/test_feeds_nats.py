@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import Broker
+from brokers import Broker, nats_server
+from outage import costs_nothing
 
-from runners.bench.kill import TABLE, kill_loop, write_table
+from runners.bench.kill import RECORDS, TABLE, arguments, ended, in_a_child, kill_loop, write_table
 from runners.feeds import conformance
 from runners.feeds.conformance import Law, Stand
 from runners.feeds.jetstream import jetstream
+from streamkd.errors import FeedError
 
 nats = pytest.importorskip("nats", reason="the client is not installed: pip install 'streamkd[nats]'")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    command = ["nats-server", "-a", "127.0.0.1", "-p", "{port}", "-js", "-sd", "{folder}"]
-    made = Broker("nats-server", command, tmp_path_factory.mktemp("nats"))
+    made = nats_server(tmp_path_factory.mktemp("nats"))
     yield made
     made.stop()
 
@@ -90,6 +91,35 @@ def test_it_keeps_the_laws_of_feeds(law: Law, broker: Broker) -> None:
     law(stand(broker))
 
 
+@pytest.mark.parametrize("law", conformance.LAWS)
+def test_with_a_durable_consumer_it_keeps_the_laws_of_feeds(law: Law, broker: Broker) -> None:
+    law(stand(broker, durable="d"))
+
+
+def test_what_a_durable_consumer_lost_while_nobody_read_is_told(broker: Broker) -> None:
+    made = stand(broker, durable="d")
+    made.publish(conformance.rows(0, 20))
+    feed = made.open(refuse=lambda _: None)
+    batch = feed.poll(5)
+    assert batch is not None
+    feed.commit(batch.position)
+    feed.close()
+    # The server moves what the consumer knows, too; it is the checkpoint's position that tells.
+    asked(broker, lambda context: context.update_stream(name="s", subjects=["records.*"], max_msgs=8))
+    feed = made.open(refuse=lambda _: None)
+    with pytest.raises(FeedError, match=r"7 messages after 5 were removed .*feed\.on_position_lost"):
+        feed.seek(batch.position)
+    feed.close()
+    feed = made.open(refuse=lambda _: None, on_position_lost="earliest")
+    feed.seek(batch.position)
+    names: list[str] = []
+    while len(names) < 8 and (batch := feed.poll(16)) is not None:
+        names += batch.ids
+    feed.close()
+    assert names == [f"r{n}" for n in range(12, 20)]
+    assert dict(feed.resets) == {"trimmed": 1}
+
+
 def test_only_the_subjects_wanted_come_and_others_are_no_loss(broker: Broker) -> None:
     made = stand(broker, subject="records.b", columns=("a", "b"))
     made.publish(conformance.rows(0, 10))
@@ -119,10 +149,9 @@ def test_a_message_is_as_old_as_the_server_says(broker: Broker) -> None:
     assert all(began < at < time.time() + 1 for at in batch.times)
 
 
-@pytest.mark.slow
-def test_a_killed_run_ends_where_an_unbroken_one_ends(
-    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def table(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A stream that drifts, published; the settings to learn it."""
     monkeypatch.chdir(tmp_path)
     write_table(TABLE)
     made = stand(broker)
@@ -130,6 +159,29 @@ def test_a_killed_run_ends_where_an_unbroken_one_ends(
         made.publish(
             [{name: cell if name == "y" else float(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
         )
-    feed = ["feed.kind=nats", f"feed.url={url(broker)}", "feed.stream=s", "feed.label=y", "feed.follow=false"]
-    outcome = kill_loop("default", 8, seed=2, feed=feed)
+    return ["feed.kind=nats", f"feed.url={url(broker)}", "feed.stream=s", "feed.label=y"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_where_an_unbroken_one_ends(table: list[str]) -> None:
+    outcome = kill_loop("default", 4, seed=2, feed=[*table, "feed.follow=false"])
     assert outcome.equal == outcome.ends >= 1
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_for_ten_seconds_costs_nothing_and_is_told(broker: Broker, table: list[str]) -> None:
+    rows = [{"x0": n, "y": "1"} for n in range(100)]
+    costs_nothing(broker, [*table, "feed.durable=d"], lambda: publish(broker, rows), more=len(rows))
+
+
+@pytest.mark.slow
+def test_a_durable_consumer_knows_what_is_in_a_checkpoint(broker: Broker, table: list[str]) -> None:
+    command = arguments("default", Path("saved"), [*table, "feed.durable=d", "feed.follow=false", "labels.delay=0"])
+    assert ended(in_a_child(*command)) == 0
+    floors: list[int] = []
+
+    async def look(context: Any) -> None:
+        floors.append((await context.consumer_info("s", "d")).ack_floor.stream_seq)
+
+    asked(broker, look)
+    assert floors == [RECORDS]

@@ -1,7 +1,6 @@
 """Redis Streams, beside a real redis-server."""
 
 import csv
-import json
 import os
 import random
 import signal
@@ -13,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from brokers import Broker
+from brokers import Broker, redis_server
+from outage import costs_nothing
 from test_commands import fetched, started, streamkd, told
 
 from runners.bench.kill import RECORDS, TABLE, arguments, ended, in_a_child, kill_loop, write_table
@@ -32,8 +32,7 @@ NOBODY = torch.zeros(0)
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    command = "redis-server --bind 127.0.0.1 --port {port} --dir {folder} --save  --appendonly yes --appendfsync always"
-    made = Broker("redis-server", command.split(" "), tmp_path_factory.mktemp("redis"), (b"PING\r\n", b"+PONG"))
+    made = redis_server(tmp_path_factory.mktemp("redis"), "--appendonly", "yes", "--appendfsync", "always")
     yield made
     made.stop()
 
@@ -186,35 +185,8 @@ def test_killed_members_of_a_group_learn_all_and_little_of_it_twice(broker: Brok
 
 @pytest.mark.slow
 def test_a_server_that_is_gone_for_ten_seconds_costs_nothing_and_is_told(broker: Broker, table: list[str]) -> None:
-    settings = [*table, "http.port=0", "checkpoint.every_records=400", "checkpoint.directory=saved"]
-    with started("run", "default", *(f"--set={setting}" for setting in settings)) as daemon:
-        port = told(daemon, "listening")["port"]
-        told(daemon, "checkpoint")
-        broker.stop()
-        try:
-            told(daemon, "feed disconnected")
-            status, checks = fetched(port, "/readyz")
-            assert status == 503
-            assert json.loads(checks)["checks"]["feed_connected"] is False
-            assert fetched(port, "/healthz")[0] == 200
-            time.sleep(10)
-            text = fetched(port, "/metrics")[1]
-            assert 'streamkd_feed_connected{feed="redis"} 0.0' in text
-            assert 'streamkd_feed_errors_total{error_type="unreachable",feed="redis",stage="read"}' in text
-        finally:
-            broker.start()
-        told(daemon, "feed connected")
-        publish(broker, [{"x0": n, "id": f"m{n}", "y": "1"} for n in range(100)])
-        patience = time.monotonic() + 60
-        wanted = f'streamkd_feed_records_total{{feed="redis"}} {float(RECORDS + 100)}'
-        while wanted not in (text := fetched(port, "/metrics")[1]) and time.monotonic() < patience:
-            time.sleep(0.1)
-        assert wanted in text
-        assert 'streamkd_feed_lag_records{feed="redis",partition="0"} 0.0' in text
-        assert 'streamkd_feed_connected{feed="redis"} 1.0' in text
-        assert fetched(port, "/readyz")[0] == 200
-        daemon.send_signal(signal.SIGTERM)
-        assert daemon.wait(timeout=20) == 0
+    rows = [{"x0": n, "id": f"m{n}", "y": "1"} for n in range(100)]
+    costs_nothing(broker, table, lambda: publish(broker, rows), more=len(rows))
 
 
 @pytest.mark.slow

@@ -5,13 +5,11 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import Broker
-from test_commands import run_once, streamkd, table
+from test_commands import run_once, table
 
 from runners.bench.kill import RECORDS, TABLE, arguments, ended, in_a_child, write_table
 from runners.predictions import Lines
@@ -113,28 +111,3 @@ def test_a_folder_is_no_file_for_predictions(
     table(Path("d.csv"), 40)
     assert run_once(monkeypatch, "predictions.kind=jsonl", "predictions.path=.") == 2
     assert "predictions.path = '.': cannot be written" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
-    command = "redis-server --bind 127.0.0.1 --port {port} --dir {folder} --save "
-    made = Broker("redis-server", command.split(" "), tmp_path_factory.mktemp("redis"), (b"PING\r\n", b"+PONG"))
-    yield made
-    made.stop()
-
-
-def test_predictions_are_entries_of_a_redis_stream(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    redis = pytest.importorskip("redis")
-    table(Path("d.csv"), 100)
-    url = f"redis://127.0.0.1:{broker.port}/0"
-    overrides = ("predictions.kind=redis", "predictions.stream=out", f"predictions.url={url}")
-    assert run_once(monkeypatch, *overrides) == 0
-    with redis.Redis.from_url(url) as client:
-        entries = [json.loads(fields[b"data"]) for _, fields in client.xrange("out")]
-    assert [entry["record"] for entry in entries] == list(range(1, 101))
-    broker.stop()
-    given = [f"--set={pair}" for pair in ("feed.path=d.csv", "feed.label=y", *overrides, "checkpoint.directory=other")]
-    assert streamkd(monkeypatch, "run", "default", *given) == 3
-    assert f"predictions.url = '{url}': cannot be reached" in capsys.readouterr().err

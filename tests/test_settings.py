@@ -1,15 +1,31 @@
 import inspect
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_commands import streamkd
 from torch import nn
 
+from runners.feeds import KINDS
 from runners.feeds.files import text_file
 from runners.settings import Configuration, load
 from runners.shipped import shipped
-from streamkd import Output, adapters, capacity, drift, features, losses, models, per_record, replay, roles, schedules
+from streamkd import (
+    Output,
+    adapters,
+    capacity,
+    checkpoint,
+    drift,
+    features,
+    losses,
+    models,
+    per_record,
+    replay,
+    roles,
+    schedules,
+)
 from streamkd.config import build_engine
 from streamkd.errors import ConfigError
 from streamkd.parts import make, public_functions
@@ -149,7 +165,27 @@ def test_the_compact_student_is_at_least_ten_times_smaller_than_its_teachers() -
 
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_shipped_configuration_builds(name: str) -> None:
-    assert len(build_engine(load(name), (6,)).cohort) >= 2
+    configuration = load(name)
+    assert len(build_engine(configuration, (6,)).cohort) >= 2
+    options = {} if configuration.feed is None else configuration.feed.options
+    assert not {"name", "model", "optimizer"} & options.keys()  # which are of peers
+
+
+def test_every_kind_of_feed_has_a_shipped_configuration_to_start_from() -> None:
+    begun = {tomllib.loads(text)["feed"]["kind"] for text in shipped().values()}
+    families = {KINDS[kind] for kind in begun}
+    assert families == set(KINDS.values())
+
+
+def test_the_shipped_configuration_of_an_iterable_runs_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    for command, told in (("check", "First 3 records"), ("run", "")):
+        assert streamkd(monkeypatch, command, "iterable", "--set=http.port=0") == 0
+        assert told in capsys.readouterr().out
+    assert checkpoint.about(checkpoint.found(Path("checkpoints"))[0])["records"] == 1_250
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 17, 32)])

@@ -1,7 +1,7 @@
-"""NATS JetStream, by the sequence numbers of a stream: each message exactly once."""
+"""NATS JetStream, by the sequence numbers of a stream; a durable consumer may be told what is safe."""
 
 import asyncio
-import os
+from collections import deque
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field
 
-from runners.feeds import NONE, REPLAYABLE, Refuse
+from runners.feeds import NONE, REPLAYABLE, Capabilities, Refuse
 from runners.feeds.formats import decoder, imported
 from runners.feeds.stream import (
     Message,
@@ -22,10 +22,12 @@ from runners.feeds.stream import (
     open_stream,
     reading,
 )
-from streamkd.errors import ConfigError
+from runners.passwords import from_environment
 
 SECONDS = 1.0
 """For an answer; a server that takes longer is taken for lost."""
+ACKNOWLEDGED_SECONDS = 86_400.0
+"""Within which a checkpoint covers what was read; the server gives what it does not a second time."""
 IDLE_SECONDS = 60.0
 """After which the server drops the consumer of a client that is gone."""
 PARTITION = "0"
@@ -54,24 +56,32 @@ class Loop:
 
 
 class Sequences:
-    """A stream's messages by their sequence numbers; nothing is acknowledged, and the server keeps no account of us.
+    """A stream's messages by their sequence numbers.
+
+    Without a durable consumer nothing is acknowledged, and the server keeps no account of us. With one it is told what
+    is safe, and without a place reading begins after that. A durable consumer is made anew after what was acknowledged
+    whenever it is opened, as the server would wait to give the rest again.
 
     Args:
         url: of the server.
         stream: its name.
         subject: of the messages wanted; wildcards are NATS's.
         options: for the connection.
+        durable: name of the consumer; empty: none.
     """
 
-    def __init__(self, url: str, stream: str, subject: str, options: Mapping[str, Any]) -> None:
-        self.capabilities = REPLAYABLE
+    def __init__(self, url: str, stream: str, subject: str, options: Mapping[str, Any], durable: str = "") -> None:
+        self.capabilities = Capabilities(replayable=False, promise="at least once") if durable else REPLAYABLE
         self.lag: Mapping[str, int] = NONE
         self.ended = False
         self._nats = imported("nats", "nats", "feed.kind = 'nats'")
         self._api = imported("nats.js.api", "nats", "feed.kind = 'nats'")
         self._wrong = imported("nats.errors", "nats", "feed.kind = 'nats'")
+        self._missing = imported("nats.js.errors", "nats", "feed.kind = 'nats'")
         self._url, self._stream, self._subject, self._options = url, stream, subject, options
         self._last, self._seen, self._created = 0, 0, ""
+        self._lost = False
+        self._durable, self._unacknowledged = durable, deque[Any]()
         self._loop = Loop("nats")
         self._client: Any = None
         self._consumer: Any = None
@@ -96,24 +106,49 @@ class Sequences:
         else:
             self._last = max(0, about.state.first_seq - 1) if start == "earliest" else about.state.last_seq
         self._created = str(about.created)
+        safe = await self._acknowledged()
+        if safe is not None and place is None and not self._lost:
+            self._last = safe
+        self._lost = False
         self._seen = self._last
-        self._missed(about.state)
-        self._consumer = await self._subscribe(self._last + 1)
+        if place is not None:
+            self._missed(about.state)
+        self._consumer = await self._subscribe(1 + min(self._last, self._last if safe is None else safe), self._durable)
         return {"sequence": self._last, "created": self._created}
 
-    async def _subscribe(self, sequence: int) -> Any:
+    async def _acknowledged(self) -> int | None:
+        """Return the last message that the durable consumer knows to be safe, and end it; None where there is none."""
+        if not self._durable:
+            return None
+        self._unacknowledged.clear()
+        try:
+            about = await self._context.consumer_info(self._stream, self._durable)
+        except self._missing.NotFoundError:
+            return None
+        await self._context.delete_consumer(self._stream, self._durable)
+        safe: int = max(about.ack_floor.stream_seq, (about.config.opt_start_seq or 1) - 1)
+        return safe
+
+    async def _subscribe(self, sequence: int, durable: str = "") -> Any:
         config = self._api.ConsumerConfig(
             deliver_policy=self._api.DeliverPolicy.BY_START_SEQUENCE,
             opt_start_seq=sequence,
-            ack_policy=self._api.AckPolicy.NONE,
-            inactive_threshold=IDLE_SECONDS,
+            ack_policy=self._api.AckPolicy.ALL if durable else self._api.AckPolicy.NONE,
+            **(
+                {"ack_wait": ACKNOWLEDGED_SECONDS, "max_ack_pending": -1}
+                if durable
+                else {"inactive_threshold": IDLE_SECONDS}
+            ),
         )
-        return await self._context.pull_subscribe(self._subject, stream=self._stream, config=config)
+        return await self._context.pull_subscribe(
+            self._subject, durable=durable or None, stream=self._stream, config=config
+        )
 
     def _missed(self, state: Any) -> None:
         """Tell of messages after the last one read that the stream no longer has."""
         missed = state.first_seq - 1 - self._seen
         if missed > 0:
+            self._lost = True
             raise PositionLostError(
                 "trimmed", f"{missed} messages after {self._seen} were removed before they were read"
             )
@@ -142,7 +177,12 @@ class Sequences:
         self._missed(state)
         messages = []
         for found in await self._fetch(self._consumer, most):
-            self._last = self._seen = found.metadata.sequence.stream
+            sequence = found.metadata.sequence.stream
+            if self._durable:
+                self._unacknowledged.append(found)
+            if sequence <= self._last:
+                continue  # given before the connection broke
+            self._last = self._seen = sequence
             place = {"sequence": self._last, "created": self._created}
             about = {"sequence": self._last, "subject": found.subject}
             messages.append(Message(found.data, place, about, found.metadata.timestamp.timestamp()))
@@ -161,7 +201,12 @@ class Sequences:
         return found
 
     def commit(self, place: Place) -> None:
-        """Do nothing: the server keeps no account of what was read."""
+        """Acknowledge all up to a place, where there is a durable consumer to be told."""
+        safe = None
+        while self._unacknowledged and self._unacknowledged[0].metadata.sequence.stream <= place["sequence"]:
+            safe = self._unacknowledged.popleft()
+        if safe is not None:
+            self._reach(safe.ack_sync(timeout=SECONDS))
 
     def close(self) -> None:
         """Close the connection."""
@@ -196,6 +241,7 @@ def jetstream(
     user: str = "",
     password_env: str = "",
     credentials: Path | None = None,
+    durable: str = "",
     format: Literal["json", "csv", "msgpack", "arrow"] = "json",  # noqa: A002 - the user's word for it
     delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ",",
     max_classes: int,
@@ -211,6 +257,8 @@ def jetstream(
         user: with the password that the environment variable `password_env` holds.
         password_env: likewise.
         credentials: a file of NATS's, instead of the two.
+        durable: name of a consumer that is to know what is in a checkpoint; left out, the server keeps no account. No
+            two running processes may share one.
         format: of a message.
         delimiter: of CSV.
         max_classes: most labels there may be.
@@ -222,15 +270,14 @@ def jetstream(
         ConfigError: a setting does not fit.
     """
     settings = reading(options)
-    if password_env and password_env not in os.environ:
-        raise ConfigError(f"feed.password_env = {password_env!r}: there is no such environment variable; set it")
+    password = from_environment(password_env, "feed.password_env")
     login = {
         **({"user": user} if user else {}),
-        **({"password": os.environ[password_env]} if password_env else {}),
+        **({"password": password} if password else {}),
         **({"user_credentials": str(credentials)} if credentials else {}),
     }
     return open_stream(
-        Sequences(url, stream, subject, login),
+        Sequences(url, stream, subject, login, durable),
         decoder(format, columns=settings.columns, delimiter=delimiter),
         settings,
         about={"kind": "nats", "key": "stream", "stream": stream, "address": "url", "at": url},

@@ -1,6 +1,5 @@
 """Redis Streams: by entry id, each entry exactly once; or as a member of a consumer group, at least once."""
 
-import os
 import socket
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from runners.feeds.stream import (
     open_stream,
     reading,
 )
+from runners.passwords import from_environment
 from streamkd.errors import ConfigError
 
 SECONDS = 5.0
@@ -225,14 +225,14 @@ class Server:
 
     Args:
         url: as redis-py takes it.
-        password: where the url has none.
+        password: empty where the url has it, or there is none.
         key: of the table of settings, for messages.
 
     Raises:
         ConfigError: the client is not installed, or the url is none.
     """
 
-    def __init__(self, url: str, password: str | None, key: str = "feed") -> None:
+    def __init__(self, url: str, password: str, key: str = "feed") -> None:
         self._redis, retry, backoff = (
             imported(name, "redis", f"{key}.kind = 'redis'") for name in ("redis", "redis.retry", "redis.backoff")
         )
@@ -343,9 +343,7 @@ def redis_stream(
         ConfigError: a setting does not fit.
     """
     settings = reading(options)
-    if password_env and password_env not in os.environ:
-        raise ConfigError(f"feed.password_env = {password_env!r}: there is no such environment variable; set it")
-    server = Server(url, os.environ.get(password_env) if password_env else None)
+    server = Server(url, from_environment(password_env, "feed.password_env"))
     payload = "" if format == "fields" else field
     source: Source = (
         Group(

@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from threading import Lock
+from typing import Any
 
 from streamkd.errors import ConfigError
 
+MOST_BYTES = 1 << 30
 SEGMENT_BYTES = 16 << 20
 
 
@@ -15,19 +18,25 @@ class Spool:
 
     Args:
         directory: for the segments; only one process may have it.
+        most_bytes: of all segments, before it is full.
         segment_bytes: of a segment before the next one is begun.
+
+    One thread may append while another reads and prunes.
 
     Raises:
         ConfigError: it cannot be made.
     """
 
-    def __init__(self, directory: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
-        self._directory, self._most = directory, segment_bytes
+    def __init__(self, directory: Path, most_bytes: int = MOST_BYTES, segment_bytes: int = SEGMENT_BYTES) -> None:
+        self._directory, self._most_in_all = directory, most_bytes
+        self._most = min(segment_bytes, most_bytes // 4)
+        self._lock = Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._number = max(self._numbers(), default=1)
-            self._file: BinaryIO = self._path(self._number).open("ab")
+            self._file = self._path(self._number).open("ab", buffering=0)
             self._sync_directory()
+            self._size = sum(self._path(number).stat().st_size for number in self._numbers())
         except OSError as error:
             raise ConfigError(f"feed.spool = {str(directory)!r}: {error.strerror or error}; name another") from None
         self.end_line()
@@ -42,24 +51,39 @@ class Spool:
 
     def append(self, data: bytes) -> None:
         """Write bytes, and return when they are on the disk; a segment ends where a line does."""
-        if self._file.tell() >= self._most:
-            head, newline, data = data.partition(b"\n")
-            self._write(head + newline)
-            if newline:
+        with self._lock:
+            while data:
+                cut = data.find(b"\n", max(0, self._most - self._file.tell())) + 1
+                self._write(data[: cut or None])
+                if not cut:
+                    return
                 self._next_segment()
-        self._write(data)
+                data = data[cut:]
 
     def _write(self, data: bytes) -> None:
-        if data:
-            self._file.write(data)
-            self._file.flush()
+        """Write bytes; what a full disk took of them is taken back."""
+        before = self._file.tell()
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(before)
+            raise
+        self._size += len(data)
 
     def _next_segment(self) -> None:
         self._file.close()
         self._number += 1
-        self._file = self._path(self._number).open("ab")
+        self._file = self._path(self._number).open("ab", buffering=0)
         self._sync_directory()
+
+    @property
+    def full(self) -> bool:
+        """Whether more should wait elsewhere until some is pruned; the last segment never is, whatever its size."""
+        return self._size >= self._most_in_all and len(self._numbers()) > 1
 
     def first(self) -> dict[str, int]:
         """Return the place of the oldest line."""
@@ -78,10 +102,12 @@ class Spool:
         """Give each whole line after a place, with the place after it."""
         segment, offset = place["segment"], place["offset"]
         while segment <= self._number:
+            with self._lock:  # what is not yet on the disk may be taken back
+                end = self._file.tell() if segment == self._number else self._path(segment).stat().st_size
             with self._path(segment).open("rb") as file:
                 file.seek(offset)
                 for line in file:
-                    if not line.endswith(b"\n"):
+                    if not line.endswith(b"\n") or offset + len(line) > end:
                         return
                     offset += len(line)
                     yield line, {"segment": segment, "offset": offset}
@@ -89,9 +115,11 @@ class Spool:
 
     def prune(self, place: Mapping[str, Any]) -> None:
         """Remove the segments that end before a place."""
-        for number in self._numbers():
-            if number < place["segment"]:
-                self._path(number).unlink()
+        with self._lock:
+            for number in self._numbers():
+                if number < place["segment"]:
+                    self._size -= self._path(number).stat().st_size
+                    self._path(number).unlink()
 
     def close(self) -> None:
         """Close the segment."""

@@ -11,10 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from runners.feeds import NONE, REPLAYABLE, Capabilities, Refuse
+from runners.feeds import NONE, Capabilities, Refuse
 from runners.feeds.formats import decoder
 from runners.feeds.spool import Spool
-from runners.feeds.stream import Message, Place, PositionLostError, Start, StreamFeed, open_stream, reading
+from runners.feeds.spooled import Spooled
+from runners.feeds.stream import Message, Place, Start, StreamFeed, open_stream, reading
 
 CHUNK = 1 << 16
 """Bytes that are taken from the pipe at once; more stay with whoever writes them."""
@@ -60,6 +61,14 @@ class Pipe:
         self.ended = not data
         return data
 
+    def fill(self, spool: Spool) -> bool:
+        """Move what has come to a spool; say whether anything has."""
+        data = self.take()
+        spool.append(data)
+        if self.ended:
+            spool.end_line()
+        return bool(data)
+
     def _fill(self) -> None:
         *lines, self._rest = (self._rest + self.take()).split(b"\n")
         if self.ended and self._rest:
@@ -69,64 +78,11 @@ class Pipe:
     def commit(self, place: Place) -> None:
         """Do nothing: a pipe gives nothing again."""
 
+    def listen(self, spool: Spool) -> None:
+        """Do nothing: a pipe is there."""
+
     def close(self) -> None:
         """Leave standard input open: it is not ours."""
-
-
-class Spooled:
-    """What comes through a pipe is on the disk before it is learned, and stays there until it is in a checkpoint."""
-
-    def __init__(self, pipe: Pipe, spool: Spool) -> None:
-        self.capabilities = REPLAYABLE
-        self.lag: Mapping[str, int] = NONE
-        self._pipe, self._spool = pipe, spool
-        self._place: Place = spool.first()
-
-    @property
-    def ended(self) -> bool:
-        """Whether the pipe has ended; what is in the spool was read then."""
-        return self._pipe.ended
-
-    def open(self, place: Place | None, start: Start) -> Place:
-        """Stand after a line of the spool."""
-        if place is not None and not self._spool.has(place):
-            raise PositionLostError("trimmed", f"segment {place['segment']} of the spool is not as it was")
-        ends = {"earliest": self._spool.first, "latest": self._spool.last}
-        self._place = ends[start]() if place is None else {**place}
-        return self._place
-
-    def peek(self, most: int) -> Sequence[bytes]:
-        """Return the oldest lines of the spool."""
-        self._fill()
-        return [line for line, _ in islice(self._spool.lines(self._spool.first()), most) if line.strip()]
-
-    def read(self, most: int) -> Sequence[Message]:
-        """Return the next lines; the pipe is asked only where the spool has no more, so that it never runs ahead."""
-        messages: list[Message] = []
-        while not messages:
-            place = self._place
-            for line, place in islice(self._spool.lines(self._place), most):
-                if line.strip():
-                    messages.append(Message(line, place, place))
-            moved, self._place = place != self._place, place
-            if not moved and not self._fill():
-                break
-        return messages
-
-    def _fill(self) -> bool:
-        data = self._pipe.take()
-        self._spool.append(data)
-        if self._pipe.ended:
-            self._spool.end_line()
-        return bool(data)
-
-    def commit(self, place: Place) -> None:
-        """Remove what is safe."""
-        self._spool.prune(place)
-
-    def close(self) -> None:
-        """Close the spool."""
-        self._spool.close()
 
 
 def stdin(

@@ -1,0 +1,181 @@
+"""HTTP: any program may push its records; they are answered for when they are on our disk."""
+
+import asyncio
+import hmac
+import json
+import socket
+import time
+from pathlib import Path
+from threading import Thread
+from typing import Annotated, Any, Literal
+
+import uvicorn
+from pydantic import Field
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from runners.feeds import Refuse
+from runners.feeds.formats import decoder
+from runners.feeds.spool import MOST_BYTES, Spool
+from runners.feeds.spooled import Arrivals, Spooled, as_line, from_line
+from runners.feeds.stream import StreamFeed, UnreachableError, open_stream, reading
+from runners.passwords import from_environment
+
+PATH = "/v1/records"
+MOST_BODY = 16 << 20
+"""Bytes of one request."""
+RETRY_SECONDS = 1
+"""What a client is asked to wait when there is no room."""
+SECONDS = 5.0
+"""For the server to start, and to answer the last requests when it ends."""
+
+
+class Door:
+    """Takes records from whoever posts them, on a thread of its own.
+
+    Args:
+        host, port: to listen on; port 0 picks a free one, which `port` then tells.
+        lines: whether a body is lines, of a record each; else a body is one payload.
+        json_lines: whether these are JSON; then a body may also be one value, an object or a list of them.
+        token: that a client has to show; empty: none.
+    """
+
+    def __init__(self, host: str, port: int, *, lines: bool, json_lines: bool, token: str = "") -> None:
+        self.ended = False
+        self.host, self.port = host, port
+        self._lines, self._json, self._token = lines, json_lines, token
+        self._arrivals = Arrivals()
+        self._socket: socket.socket | None = None
+        self._spool: Spool | None = None
+
+    def listen(self, spool: Spool) -> None:
+        """Open the port, unless it is open."""
+        if self._socket is not None:
+            return
+        self._spool = spool
+        try:
+            self._socket = socket.create_server((self.host, self.port), backlog=128)
+        except OSError as error:
+            raise UnreachableError(error.strerror or str(error)) from error
+        self.port = self._socket.getsockname()[1]
+        routes = [Route(PATH, self._records, methods=["POST"])]
+        config = uvicorn.Config(
+            Starlette(routes=routes),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(SECONDS),
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="http feed", daemon=True
+        )
+        self._thread.start()
+        patience = time.monotonic() + SECONDS
+        while not self._server.started and time.monotonic() < patience:
+            time.sleep(0.01)
+        self._arrivals.note(0)
+
+    async def _records(self, request: Request) -> JSONResponse:
+        if self._token and not hmac.compare_digest(
+            request.headers.get("authorization", "").encode(), f"Bearer {self._token}".encode()
+        ):
+            return _answer(401, "Authorization: Bearer and the token is needed")
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MOST_BODY:
+                return _answer(413, f"more than {MOST_BODY} bytes; send fewer records at once")
+        records = self._taken_apart(bytes(body))
+        if not records:
+            return _answer(400, "no record in the body")
+        if self._spool is None or self._spool.full:
+            return _answer(429, "as many wait as may; send these again later")
+        try:
+            await asyncio.to_thread(self._spool.append, b"".join(records))
+        except (OSError, ValueError) as error:  # the latter where it was closed meanwhile
+            return _answer(503, f"cannot be written: {error}; send these again later")
+        self._arrivals.note()
+        return JSONResponse({"accepted": len(records)}, status_code=202)
+
+    def _taken_apart(self, body: bytes) -> list[bytes]:
+        """Return the lines of a body."""
+        if not self._lines:
+            return [as_line(body)] if body else []
+        lines = [line + b"\n" for line in body.splitlines() if line.strip()]
+        if self._json and (len(lines) > 1 or body.lstrip().startswith(b"[")):
+            try:
+                value = json.loads(body)
+            except ValueError:
+                return lines
+            return [json.dumps(one).encode() + b"\n" for one in (value if isinstance(value, list) else [value])]
+        return lines
+
+    def fill(self, spool: Spool) -> bool:  # noqa: ARG002 - the thread fills it
+        """Say whether more has come."""
+        return self._arrivals.wait()
+
+    def close(self) -> None:
+        """Answer the requests under way, and close the port."""
+        if self._socket is not None:
+            self._server.should_exit = True
+            self._thread.join()
+            self._socket.close()
+            self._socket = None
+
+
+def _answer(status: int, error: str) -> JSONResponse:
+    later = {"retry-after": str(RETRY_SECONDS)} if status in {429, 503} else {}
+    return JSONResponse({"error": error}, status_code=status, headers=later)
+
+
+def http(
+    *,
+    spool: Path,
+    host: str = "127.0.0.1",
+    port: Annotated[int, Field(ge=0, le=65_535)] = 9465,
+    token_env: str = "",
+    spool_bytes: Annotated[int, Field(ge=1 << 16)] = MOST_BYTES,
+    format: Literal["json", "csv", "msgpack", "arrow"] = "json",  # noqa: A002 - the user's word for it
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ",",
+    max_classes: int,
+    refuse: Refuse,
+    **options: Any,
+) -> StreamFeed:
+    """Take records that are posted to `/v1/records`.
+
+    The answer is 202 when they are on the disk, and 429 with `Retry-After` when there is no room. A client that gets no
+    answer should send them again; if they had come, they are learned twice.
+
+    Args:
+        spool: a folder in which records are kept until they are in a checkpoint.
+        host: address to listen on.
+        port: likewise.
+        token_env: name of the environment variable that holds the token which clients show (`Authorization: Bearer`).
+        spool_bytes: that may wait there.
+        format: of a body: JSON lines, one JSON object or a list of them; rows of CSV without a header; one msgpack
+            object; an Arrow stream.
+        delimiter: of CSV.
+        max_classes: most labels there may be.
+        refuse: takes the records that cannot be used.
+        options: those of `runners.feeds.stream.Reading`.
+
+    Raises:
+        FeedError: the port cannot be opened, or no record came in time.
+        ConfigError: a setting does not fit.
+    """
+    settings = reading(options)
+    lines = format in {"json", "csv"}
+    door = Door(
+        host, port, lines=lines, json_lines=format == "json", token=from_environment(token_env, "feed.token_env")
+    )
+    return open_stream(
+        Spooled(door, Spool(spool, spool_bytes), bytes if lines else from_line),
+        decoder(format, columns=settings.columns, delimiter=delimiter),
+        settings,
+        about={"kind": "http", "key": "port", "stream": str(port), "address": "port", "at": f"{host}:{port}"},
+        max_classes=max_classes,
+        refuse=refuse,
+    )

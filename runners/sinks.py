@@ -1,0 +1,310 @@
+"""Brokers as sinks of predictions: a message a line, and what the broker has acknowledged is safe."""
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
+
+from pydantic import Field
+
+from runners.feeds.formats import imported
+from runners.feeds.jetstream import Loop
+from runners.feeds.kafka import client_settings
+from runners.feeds.mqtt import PORTS
+from runners.feeds.redis_streams import Server
+from runners.feeds.stream import Names, UnreachableError
+from runners.passwords import from_environment
+from streamkd.errors import ConfigError, FeedError, reason
+
+SECONDS = 5.0
+"""For a broker to acknowledge."""
+ENVIRONMENT_KEY = "predictions.password_env"
+MOST_UNDER_WAY = 100_000
+"""Messages that Kafka's client may hold."""
+
+
+class Entries:
+    """A Redis stream, an entry a prediction, in its field `data`."""
+
+    def __init__(self, server: Server, stream: str, most: int) -> None:
+        self._server, self._stream, self._most = server, stream, most
+
+    def put(self, lines: Sequence[str]) -> None:
+        """Append entries, in one transaction."""
+        try:
+            self._server.ask(*(("xadd", self._stream, {"data": line}, "*", self._most) for line in lines))
+        except UnreachableError as error:
+            raise OSError(str(error)) from error
+
+    def sync(self) -> None:
+        """Do nothing: what the server has acknowledged is as safe as it is configured to keep it."""
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._server.close()
+
+
+def redis_entries(
+    *,
+    stream: Annotated[str, Field(min_length=1)],
+    url: str = "redis://127.0.0.1:6379/0",
+    password_env: str = "",
+    most: Annotated[int, Field(ge=1)] = 1_000_000,
+) -> Entries:
+    """Append predictions to a Redis stream.
+
+    Args:
+        stream: its key.
+        url: of the server.
+        password_env: name of the environment variable that holds the password.
+        most: entries that are kept, roughly; the oldest go first.
+
+    Raises:
+        FeedError: the server cannot be reached.
+        ConfigError: a setting does not fit.
+    """
+    server = Server(url, from_environment(password_env, ENVIRONMENT_KEY), key="predictions")
+    try:
+        server.ask(("ping",))
+    except UnreachableError as error:
+        server.close()
+        raise _unreachable("url", url, str(error)) from error
+    return Entries(server, stream, most)
+
+
+class Messages:
+    """A subject of NATS that a JetStream stream keeps.
+
+    Args:
+        url: of the server.
+        subject: of the messages.
+        options: for the connection.
+    """
+
+    def __init__(self, url: str, subject: str, options: Mapping[str, Any]) -> None:
+        self._nats = imported("nats", "nats", "predictions.kind = 'nats'")
+        self._wrong = imported("nats.errors", "nats", "predictions.kind = 'nats'")
+        self._url, self._subject, self._options = url, subject, options
+        self._loop = Loop("nats predictions")
+        self._client: Any = None
+
+    def put(self, lines: Sequence[str]) -> None:
+        """Publish messages, and wait until the stream has them."""
+        work = self._put(lines)
+        try:
+            self._loop.run(work)
+        except (TimeoutError, self._wrong.Error, OSError) as error:
+            raise OSError(reason(error)) from error
+        finally:
+            work.close()
+
+    async def _put(self, lines: Sequence[str]) -> None:
+        if self._client is None or not self._client.is_connected:
+            connecting = self._nats.connect(
+                self._url, allow_reconnect=False, connect_timeout=SECONDS, error_cb=_quiet, **self._options
+            )
+            self._client = await asyncio.wait_for(connecting, SECONDS)
+        publish = partial(self._client.jetstream(timeout=SECONDS).publish, self._subject)
+        await asyncio.gather(*(publish(line.encode()) for line in lines))
+
+    def sync(self) -> None:
+        """Do nothing: what the stream has acknowledged is as safe as it is configured to keep it."""
+
+    def close(self) -> None:
+        """Close the connection."""
+        with suppress(Exception):  # it may be gone already
+            self._loop.run(self._client.close())
+        self._loop.close()
+
+
+async def _quiet(_: Exception) -> None:
+    """Say nothing: whoever puts is told."""
+
+
+def nats_messages(
+    *,
+    subject: Annotated[str, Field(min_length=1)],
+    url: str = "nats://127.0.0.1:4222",
+    user: str = "",
+    password_env: str = "",
+) -> Messages:
+    """Publish predictions to a subject of NATS that a JetStream stream keeps.
+
+    Args:
+        subject: of the messages.
+        url: of the server.
+        user: with the password that the environment variable `password_env` holds.
+        password_env: likewise.
+
+    Raises:
+        FeedError: the server cannot be reached.
+        ConfigError: a setting does not fit.
+    """
+    password = from_environment(password_env, ENVIRONMENT_KEY)
+    sink = Messages(url, subject, {"user": user, "password": password} if user else {})
+    try:
+        sink.put(())
+    except OSError as error:
+        sink.close()
+        raise _unreachable("url", url, str(error)) from error
+    return sink
+
+
+class Records:
+    """A topic of Kafka. The client sends in the background; what it could not deliver is sent again."""
+
+    def __init__(self, producer: Any, topic: str) -> None:
+        self._producer, self._topic = producer, topic
+        self._undelivered: list[bytes] = []
+
+    def put(self, lines: Sequence[str]) -> None:
+        """Hand lines to the client, which has room for all of them or is given none."""
+        self._producer.poll(0)
+        again, self._undelivered = self._undelivered, []
+        self._send(again)
+        if len(self._producer) + len(lines) > MOST_UNDER_WAY:
+            raise OSError(f"{len(self._producer)} messages are under way to Kafka already")
+        self._send([line.encode() for line in lines])
+
+    def _send(self, payloads: Sequence[bytes]) -> None:
+        for payload in payloads:
+            self._producer.produce(self._topic, payload, on_delivery=self._delivered)
+
+    def _delivered(self, error: Any, message: Any) -> None:
+        if error is not None:
+            self._undelivered.append(message.value())
+
+    def sync(self) -> None:
+        """Wait until the brokers have all of them."""
+        self.put(())
+        left = self._producer.flush(SECONDS)
+        if left or self._undelivered:
+            raise OSError(f"Kafka has not acknowledged {left + len(self._undelivered)} predictions in {SECONDS:g} s")
+
+    def close(self) -> None:
+        """Let the client send what it can in a moment."""
+        self._producer.flush(SECONDS)
+
+
+def kafka_records(
+    *,
+    topic: Annotated[str, Field(min_length=1)],
+    servers: Names = ("127.0.0.1:9092",),
+    user: str = "",
+    password_env: str = "",
+    client: Mapping[str, str | int | float | bool] | None = None,
+) -> Records:
+    """Publish predictions to a topic of Kafka.
+
+    Args:
+        topic: its name.
+        servers: host and port of some of its brokers.
+        user: with the password that the environment variable `password_env` holds, over TLS unless `client` says other.
+        password_env: likewise.
+        client: more settings of librdkafka's, by their names there.
+
+    Raises:
+        FeedError: the brokers cannot be reached.
+        ConfigError: a setting does not fit.
+    """
+    confluent = imported("confluent_kafka", "kafka", "predictions.kind = 'kafka'")
+    at = ",".join(servers)
+    settings = client_settings(at, user, password_env, client or {}, key="predictions")
+    try:
+        producer = confluent.Producer(
+            {
+                "linger.ms": 5,
+                "queue.buffering.max.messages": 2 * MOST_UNDER_WAY,
+                **settings,
+                "enable.idempotence": True,  # each once and in order, as long as this process lives
+            }
+        )
+    except confluent.KafkaException as error:
+        raise ConfigError(f"predictions.client: {error.args[0].str()}") from None
+    try:
+        producer.list_topics(topic, timeout=SECONDS)
+    except confluent.KafkaException as error:
+        raise _unreachable("servers", at, error.args[0].str()) from error
+    return Records(producer, topic)
+
+
+class Publications:
+    """A topic of MQTT, with quality of service 1."""
+
+    def __init__(self, client: Any, topic: str) -> None:
+        self._client, self._topic = client, topic
+
+    def put(self, lines: Sequence[str]) -> None:
+        """Publish messages, and wait until the broker has them."""
+        if not self._client.is_connected():  # it tries again by itself, and would keep what it is given
+            raise OSError("the MQTT broker is away")
+        patience = time.monotonic() + SECONDS
+        try:
+            for sent in [self._client.publish(self._topic, line, qos=1) for line in lines]:
+                sent.wait_for_publish(max(0.0, patience - time.monotonic()))
+                if not sent.is_published():
+                    raise OSError(f"the MQTT broker has not acknowledged in {SECONDS:g} s")
+        except (RuntimeError, ValueError) as error:  # it went away, or its queue is full
+            raise OSError(str(error)) from error
+
+    def sync(self) -> None:
+        """Do nothing: what the broker has acknowledged is as safe as it is configured to keep it."""
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.disconnect()
+        self._client.loop_stop()
+
+
+def mqtt_publications(
+    *,
+    topic: Annotated[str, Field(min_length=1)],
+    url: str = "mqtt://127.0.0.1:1883",
+    user: str = "",
+    password_env: str = "",
+) -> Publications:
+    """Publish predictions to a topic of MQTT.
+
+    Args:
+        topic: its name.
+        url: of the broker; `mqtts://` for TLS.
+        user: with the password that the environment variable `password_env` holds.
+        password_env: likewise.
+
+    Raises:
+        FeedError: the broker cannot be reached.
+        ConfigError: a setting does not fit.
+    """
+    paho: Any = imported("paho.mqtt.client", "mqtt", "predictions.kind = 'mqtt'")
+    parts = urlsplit(url)
+    if parts.scheme not in PORTS or not parts.hostname:
+        raise ConfigError(f"predictions.url = {url!r}: write it as mqtt://host:port, or mqtts://host:port for TLS")
+    name = f"streamkd-predictions-{socket.gethostname()}-{os.getpid()}"
+    client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=name, protocol=paho.MQTTv5)
+    password = from_environment(password_env, ENVIRONMENT_KEY) or unquote(parts.password or "")
+    if user or parts.username:
+        client.username_pw_set(user or unquote(parts.username or ""), password or None)
+    if parts.scheme == "mqtts":
+        client.tls_set()
+    sink = Publications(client, topic)
+    try:
+        client.connect(parts.hostname, parts.port or PORTS[parts.scheme])
+    except (OSError, ValueError) as error:
+        raise _unreachable("url", url, str(error)) from error
+    client.loop_start()
+    patience = time.monotonic() + SECONDS
+    while not client.is_connected():
+        if time.monotonic() > patience:
+            sink.close()
+            raise _unreachable("url", url, "it does not let us in")
+        time.sleep(0.01)
+    return sink
+
+
+def _unreachable(key: str, value: str, why: str) -> FeedError:
+    return FeedError(f"predictions.{key} = {value!r}: cannot be reached ({why}); start it, or name another")

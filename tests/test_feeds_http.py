@@ -1,0 +1,212 @@
+"""HTTP: records pushed to the feed's own port."""
+
+import json
+import resource
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import pytest
+from brokers import free_port
+from test_commands import fetched, started, told
+
+from runners.feeds import DeadLetter, conformance
+from runners.feeds.conformance import Law, Stand
+from runners.feeds.http_push import http
+from runners.feeds.stream import StreamFeed
+from streamkd import checkpoint
+from streamkd.errors import ConfigError, FeedError
+
+COMMON: dict[str, Any] = {"label": "y", "id": "id", "max_classes": 5, "columns": ("a", "b")}
+
+
+def nobody(letter: DeadLetter) -> None:
+    raise AssertionError(letter.detail)
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def post(port: int, body: bytes, **headers: str) -> tuple[int, dict[str, Any], Mapping[str, str]]:
+    """Send a body; return status, answer and headers."""
+    try:
+        with urlopen(Request(f"http://127.0.0.1:{port}/v1/records", body, headers), timeout=10) as answer:
+            return answer.status, json.load(answer), dict(answer.headers)
+    except HTTPError as error:
+        with error:
+            return error.code, json.load(error), dict(error.headers)
+
+
+class Caller:
+    """Posts records when somebody listens, those that came before that, too."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self._open = partial(http, port=self.port, spool=folder / "spool", **COMMON)
+        self._waiting: list[bytes] = []
+        self._feed: StreamFeed | None = None
+
+    def open(self, **options: Any) -> StreamFeed:
+        """Open the feed, and post what waits."""
+        self._feed = self._open(**{"columns": ("a", "b", *options.get("ignore", ())), **options})
+        self.say(b"")
+        return self._feed
+
+    def say(self, body: bytes) -> None:
+        """Post a body, now or later."""
+        self._waiting += [body] if body else []
+        try:
+            while self._feed is not None and self._waiting:
+                assert post(self.port, self._waiting[0])[0] == 202
+                self._waiting.pop(0)
+        except (URLError, ConnectionError):
+            self._feed = None
+
+
+@pytest.mark.parametrize("law", conformance.LAWS)
+def test_it_keeps_the_laws_of_feeds(law: Law, tmp_path: Path) -> None:
+    caller = Caller(tmp_path)
+    law(
+        Stand(
+            open=caller.open,
+            publish=lambda rows: caller.say(lines(rows)),
+            spoil=lambda: caller.say(lines([{"a": "two", "b": 1, "y": "a", "id": "spoilt"}])),
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lines(conformance.rows(0, 3)),
+        json.dumps(conformance.rows(0, 3)).encode(),
+        json.dumps(conformance.rows(0, 3), indent=2).encode(),
+        lines(conformance.rows(0, 3)).replace(b"\n", b"\r\n"),
+    ],
+    ids=["lines", "list", "indented list", "lines of another world"],
+)
+def test_json_may_be_lines_or_a_list(body: bytes, tmp_path: Path) -> None:
+    caller = Caller(tmp_path)
+    with_records = caller.open(refuse=nobody)
+    assert post(caller.port, body)[:2] == (202, {"accepted": 3})
+    batch = with_records.poll(16)
+    with_records.close()
+    assert batch is not None
+    assert batch.ids == ("r0", "r1", "r2")
+
+
+def test_msgpack_is_a_record_a_body(tmp_path: Path) -> None:
+    msgpack = pytest.importorskip("msgpack")
+    port = free_port()
+    feed = http(port=port, spool=tmp_path, format="msgpack", refuse=nobody, **COMMON)
+    for row in conformance.rows(9, 11):
+        assert post(port, msgpack.packb(row))[0] == 202
+    batch = feed.poll(16)
+    feed.close()
+    assert batch is not None
+    assert batch.ids == ("r9", "r10")
+
+
+def test_when_there_is_no_room_a_client_is_asked_to_wait_and_then_served(tmp_path: Path) -> None:
+    port = free_port()
+    feed = http(port=port, spool=tmp_path, spool_bytes=1 << 16, refuse=nobody, **COMMON)
+    body = lines(conformance.rows(0, 100, filler="x" * 100))
+    accepted = 0
+    while (answer := post(port, body))[0] == 202:
+        accepted += 100
+    assert answer[0] == 429
+    assert answer[2]["retry-after"] == "1"
+    assert 300 <= accepted <= 1_000
+    for _ in range(accepted // 100):
+        batch = feed.poll(100)
+        assert batch is not None
+        assert len(batch) == 100
+        feed.commit(batch.position)
+    assert post(port, body)[0] == 202
+    feed.close()
+
+
+def test_a_disk_that_is_full_is_told_and_the_record_is_not_taken(tmp_path: Path) -> None:
+    port = free_port()
+    feed = http(port=port, spool=tmp_path, refuse=nobody, **COMMON)
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, before[1]))
+    try:
+        status, answer, headers = post(port, lines(conformance.rows(0, 3)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert "cannot be written" in answer["error"]
+    assert post(port, lines(conformance.rows(3, 5)))[0] == 202
+    batch = feed.poll(16)
+    feed.close()
+    assert batch is not None
+    assert batch.ids == ("r3", "r4")
+
+
+def test_without_the_token_nothing_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"feed\.token_env = 'FEED_TOKEN': there is no such"):
+        http(spool=tmp_path, token_env="FEED_TOKEN", refuse=nobody, **COMMON)  # noqa: S106 - a name
+    monkeypatch.setenv("FEED_TOKEN", "open sesame")
+    port = free_port()
+    feed = http(port=port, spool=tmp_path, token_env="FEED_TOKEN", refuse=nobody, **COMMON)  # noqa: S106 - a name
+    body = lines(conformance.rows(0, 1))
+    assert post(port, body)[0] == 401
+    assert post(port, body, Authorization="Bearer close sesame")[0] == 401
+    assert post(port, body, Authorization="Bearer open sesame")[0] == 202
+    assert post(port, b" ", Authorization="Bearer open sesame")[0] == 400
+    feed.close()
+
+
+def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
+    port = free_port()
+    feed = http(port=port, spool=tmp_path / "one", refuse=nobody, **COMMON)
+    with pytest.raises(FeedError, match=rf"feed\.port = '127\.0\.0\.1:{port}': cannot be reached \(Address"):
+        http(port=port, spool=tmp_path / "two", refuse=nobody, **COMMON)
+    feed.close()
+
+
+@pytest.mark.slow
+def test_whatever_was_answered_with_202_is_learned_though_the_process_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    port, kills, accepted, unanswered = free_port(), 2, [0], [0]
+    given = ["feed.kind=http", f"feed.port={port}", "feed.spool=spool", "feed.columns=['a', 'b']", "feed.label=y"]
+    given += ["checkpoint.directory=saved", "checkpoint.every_records=160", "http.port=0", "log.level=info"]
+    command = ["run", "default", *(f"--set={setting}" for setting in given)]
+
+    def push() -> None:
+        """Post until nobody answers."""
+        try:
+            while accepted[0] < 100_000:
+                accepted[0] += post(port, lines(conformance.rows(0, 20)))[1]["accepted"]
+        except (URLError, ConnectionError):
+            unanswered[0] += 20
+
+    for _ in range(kills):
+        with started(*command) as daemon:
+            told(daemon, "listening")
+            client = Thread(target=push)
+            client.start()
+            told(daemon, "checkpoint")
+            daemon.kill()
+            client.join()
+    with started(*command) as daemon:
+        at, records = told(daemon, "listening")["port"], 0
+        patience = time.monotonic() + 90
+        while records < accepted[0] and time.monotonic() < patience:
+            records = json.loads(fetched(at, "/v1/status")[1]).get("records", 0)
+            time.sleep(0.1)
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(timeout=20) == 0
+    learned = checkpoint.about(checkpoint.found(Path("saved"))[0])["records"]
+    assert accepted[0] <= learned <= accepted[0] + unanswered[0]

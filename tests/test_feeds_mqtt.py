@@ -1,0 +1,135 @@
+"""MQTT, beside a real mosquitto."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from brokers import Broker, mosquitto
+from test_commands import fetched, started, told
+
+from runners.feeds import DeadLetter, conformance
+from runners.feeds.conformance import Law, Stand
+from runners.feeds.mqtt import AT_ONCE, mqtt
+from streamkd import checkpoint
+from streamkd.errors import ConfigError
+
+client_of = pytest.importorskip("paho.mqtt.client", reason="the client is not installed: pip install 'streamkd[mqtt]'")
+
+SESSIONS = (f"session-{number}" for number in count())
+COMMON: dict[str, Any] = {"label": "y", "id": "id", "max_classes": 5}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    made = mosquitto(tmp_path_factory.mktemp("mqtt"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def broker(server: Broker) -> Broker:
+    """Running, whatever the last test did."""
+    server.start()
+    return server
+
+
+def nobody(letter: DeadLetter) -> None:
+    raise AssertionError(letter.detail)
+
+
+def publish(broker: Broker, topic: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    client = client_of.Client(client_of.CallbackAPIVersion.VERSION2, protocol=client_of.MQTTv5)
+    client.max_inflight_messages_set(1_000)
+    client.connect("127.0.0.1", broker.port)
+    client.loop_start()
+    for sent in [client.publish(topic, json.dumps(row), qos=1) for row in rows]:
+        sent.wait_for_publish(30)
+        assert sent.is_published()
+    client.disconnect()
+    client.loop_stop()
+
+
+def stand(broker: Broker, folder: Path, **options: Any) -> Stand:
+    """Return a stand of a topic and a session of its own, which has begun."""
+    session = next(SESSIONS)
+    given = {
+        **COMMON,
+        "topic": session,
+        "session": session,
+        "spool": folder / "spool",
+        "url": f"mqtt://127.0.0.1:{broker.port}",
+        **options,
+    }
+    mqtt(**{**given, "columns": ("a", "b"), "ignore": (), "refuse": nobody, "spool": folder / "none"}).close()
+    return Stand(
+        open=partial(mqtt, **given),
+        publish=partial(publish, broker, session),
+        spoil=lambda: publish(broker, session, [{"a": "two", "b": 1, "y": "a", "id": "spoilt"}]),
+        stop=broker.stop,
+        start=broker.start,
+    )
+
+
+@pytest.mark.parametrize("law", conformance.LAWS)
+def test_it_keeps_the_laws_of_feeds(law: Law, broker: Broker, tmp_path: Path) -> None:
+    law(stand(broker, tmp_path))
+
+
+def test_a_spool_that_is_full_leaves_the_rest_with_the_broker_until_there_is_room(
+    broker: Broker, tmp_path: Path
+) -> None:
+    made = stand(broker, tmp_path, ignore=("filler",), spool_bytes=1 << 16)
+    made.publish(conformance.rows(0, 500, filler="x" * 1_000))
+    feed = made.open(refuse=nobody)
+    time.sleep(0.5)
+    spooled = sum(file.stat().st_size for file in (tmp_path / "spool").iterdir())
+    assert spooled < 350_000  # of 700,000
+    names: list[str] = []
+    patience = time.monotonic() + 30
+    while len(names) < 500 and time.monotonic() < patience:
+        batch = feed.poll(100)
+        assert batch is not None
+        names += batch.ids
+        feed.commit(batch.position)
+    feed.close()
+    assert names == [f"r{n}" for n in range(500)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_learns_what_an_unbroken_one_learns(
+    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was published while nobody listened and while runs were killed is learned, all of it."""
+    monkeypatch.chdir(tmp_path)
+    made = stand(broker, tmp_path)
+    rows = [{"a": n % 7, "b": n / 2, "y": "abc"[n % 3], "id": f"r{n}"} for n in range(2_000)]
+    feed = made.open.keywords  # type: ignore[attr-defined]
+    settings = [f"feed.{key}={feed[key]}" for key in ("topic", "session", "spool", "url", "label", "id")]
+    more = ["checkpoint.directory=saved", "checkpoint.every_records=160", "http.port=0", "log.level=info"]
+    command = ["run", "default", *(f"--set={setting}" for setting in ["feed.kind=mqtt", *settings, *more])]
+    for begin in range(0, 2_000, 1_000):
+        made.publish(rows[begin : begin + 500])
+        with started(*command) as daemon:
+            told(daemon, "checkpoint")
+            made.publish(rows[begin + 500 : begin + 1_000])
+            daemon.kill()
+    with started(*command) as daemon:
+        port = told(daemon, "listening")["port"]
+        learned, patience = 0, time.monotonic() + 60
+        while learned < 2_000 and time.monotonic() < patience:
+            learned = json.loads(fetched(port, "/v1/status")[1]).get("records", 0)
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(timeout=20) == 0
+    learned = checkpoint.about(checkpoint.found(Path("saved"))[0])["records"]
+    assert 2_000 <= learned <= 2_000 + 2 * AT_ONCE
+
+
+def test_an_address_that_is_none_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"feed\.url = 'localhost': write it as mqtt://host:port"):
+        mqtt(topic="t", spool=tmp_path, url="localhost", refuse=nobody, **COMMON)

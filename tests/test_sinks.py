@@ -1,0 +1,175 @@
+"""Predictions to real brokers: all of them, whatever becomes of the broker meanwhile."""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import brokers
+import pytest
+from brokers import Broker
+from test_commands import run_once, streamkd, table
+
+from runners import sinks
+
+RECORDS = 100
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where predictions go.
+
+    Attributes:
+        broker: that takes them.
+        settings: of `predictions`, the first being the kind.
+        received: gives those that it has.
+    """
+
+    broker: Broker
+    settings: tuple[str, ...]
+    received: Callable[[], list[bytes]]
+
+
+@contextmanager
+def redis_place(folder: Path) -> Iterator[Place]:
+    redis = pytest.importorskip("redis")
+    broker = brokers.redis_server(folder, "--appendonly", "yes", "--appendfsync", "always")
+    url = f"redis://127.0.0.1:{broker.port}/0"
+
+    def received() -> list[bytes]:
+        with redis.Redis.from_url(url) as client:
+            return [fields[b"data"] for _, fields in client.xrange("out")]
+
+    yield Place(broker, ("kind=redis", f"url={url}", "stream=out"), received)
+    broker.stop()
+
+
+@contextmanager
+def nats_place(folder: Path) -> Iterator[Place]:
+    nats = pytest.importorskip("nats")
+    broker = brokers.nats_server(folder)
+    url = f"nats://127.0.0.1:{broker.port}"
+    found: list[bytes] = []
+
+    async def run(work: Callable[[Any], Any]) -> None:
+        client = await nats.connect(url)
+        await work(client.jetstream())
+        await client.close()
+
+    async def read(context: Any) -> None:
+        state = (await context.stream_info("out")).state
+        found[:] = [(await context.get_msg("out", n)).data for n in range(1, state.last_seq + 1)]
+
+    def received() -> list[bytes]:
+        asyncio.run(run(read))
+        return found
+
+    asyncio.run(run(lambda context: context.add_stream(name="out", subjects=["out"])))
+    yield Place(broker, ("kind=nats", f"url={url}", "subject=out"), received)
+    broker.stop()
+
+
+@contextmanager
+def mqtt_place(folder: Path) -> Iterator[Place]:
+    client_of = pytest.importorskip("paho.mqtt.client")
+    broker = brokers.mosquitto(folder)
+    found: list[bytes] = []
+    client = client_of.Client(client_of.CallbackAPIVersion.VERSION2, client_id="reader", clean_session=False)
+    client.reconnect_delay_set(0.1, 0.2)
+    client.on_message = lambda _client, _data, message: found.append(message.payload)
+    client.on_connect = lambda client, *_: client.subscribe("out", qos=1)
+    client.connect("127.0.0.1", broker.port)
+    client.loop_start()
+    yield Place(broker, ("kind=mqtt", f"url=mqtt://127.0.0.1:{broker.port}", "topic=out"), lambda: found)
+    client.disconnect()
+    client.loop_stop()
+    broker.stop()
+
+
+@contextmanager
+def kafka_place(folder: Path) -> Iterator[Place]:
+    confluent = pytest.importorskip("confluent_kafka")
+    broker = brokers.kafka(folder)
+    servers = f"127.0.0.1:{broker.port}"
+
+    def received() -> list[bytes]:
+        settings = {"bootstrap.servers": servers, "group.id": "none", "enable.partition.eof": True}
+        consumer = confluent.Consumer(settings)
+        consumer.assign([confluent.TopicPartition("out", 0, 0)])
+        found = []
+        while (message := consumer.poll(20)) is not None and message.error() is None:
+            found.append(message.value())
+        consumer.close()
+        return found
+
+    yield Place(broker, ("kind=kafka", f"servers={servers}", "topic=out"), received)
+    broker.stop()
+
+
+PLACES = [
+    pytest.param(redis_place, id="redis"),
+    pytest.param(nats_place, id="nats"),
+    pytest.param(mqtt_place, id="mqtt"),
+    pytest.param(kafka_place, id="kafka", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    with request.param(tmp_path / "broker") as made:
+        yield made
+
+
+def test_every_prediction_is_a_message_and_a_broker_that_is_away_is_told(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"), RECORDS)
+    overrides = [f"predictions.{setting}" for setting in place.settings]
+    assert run_once(monkeypatch, *overrides) == 0
+    assert [json.loads(line)["record"] for line in place.received()] == list(range(1, RECORDS + 1))
+    place.broker.stop()
+    given = [f"--set={pair}" for pair in ("feed.path=d.csv", "feed.label=y", *overrides, "checkpoint.directory=other")]
+    assert streamkd(monkeypatch, "run", "default", *given) == 3
+    said = capsys.readouterr().err
+    assert "cannot be reached" in said
+    assert "Traceback" not in said
+
+
+def test_what_could_not_be_put_is_told_and_put_again_when_the_broker_is_back(place: Place) -> None:
+    kind, *pairs = (setting.partition("=")[2] for setting in place.settings)
+    make = {
+        "redis": lambda url, name: sinks.redis_entries(url=url, stream=name),
+        "nats": lambda url, name: sinks.nats_messages(url=url, subject=name),
+        "mqtt": lambda url, name: sinks.mqtt_publications(url=url, topic=name),
+        "kafka": lambda servers, name: sinks.kafka_records(servers=(servers,), topic=name),
+    }[kind]
+    sink: Any = make(*pairs)
+
+    def put(lines: list[str]) -> bool:
+        try:
+            sink.put(lines)
+            sink.sync()
+        except OSError:
+            return False
+        return True
+
+    assert put(["a", "b"])
+    place.broker.stop()
+    assert not put(["c", "d"])
+    place.broker.start()
+    patience = time.monotonic() + 60
+    while not put(["c", "d"]) and time.monotonic() < patience:
+        time.sleep(0.1)
+    sink.close()
+    found = place.received()
+    assert set(found) == {b"a", b"b", b"c", b"d"}
+    assert found[:2] == [b"a", b"b"]
