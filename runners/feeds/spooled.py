@@ -54,6 +54,7 @@ class Spooled:
         self.lag: Mapping[str, int] = NONE
         self._inlet, self._spool, self._unwrap = inlet, spool, unwrap
         self._place: Place = spool.first()
+        self._read = 0
 
     @property
     def ended(self) -> bool:
@@ -66,8 +67,13 @@ class Spooled:
             raise PositionLostError("trimmed", f"segment {place['segment']} of the spool is not as it was")
         ends = {"earliest": self._spool.first, "latest": self._spool.last}
         self._place = ends[start]() if place is None else {**place}
+        self._read = self._spool.number(self._place)
+        self._count()
         self._inlet.listen(self._spool)
         return self._place
+
+    def _count(self) -> None:
+        self.lag = {"0": self._spool.written - self._read}
 
     def peek(self, most: int) -> Sequence[bytes]:
         """Return the oldest payloads of the spool."""
@@ -81,11 +87,13 @@ class Spooled:
         while not messages:
             place = self._place
             for line, place in islice(self._spool.lines(self._place), most):
+                self._read += 1
                 if line.strip():
                     messages.append(Message(self._unwrap(line), place, place))
             moved, self._place = place != self._place, place
             if not moved and not self._inlet.fill(self._spool):
                 break
+        self._count()
         return messages
 
     def commit(self, place: Place) -> None:
