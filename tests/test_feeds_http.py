@@ -147,6 +147,26 @@ def test_a_request_that_is_sent_again_is_not_taken_again(format: str, tmp_path: 
     feed.close()
 
 
+def test_a_spool_that_cannot_be_pruned_now_is_pruned_later(tmp_path: Path) -> None:
+    caller = Caller(tmp_path)
+    feed = caller.open(refuse=nobody)
+    spool = tmp_path / "spool"
+    body = lines(conformance.rows(0, 1, filler="x" * 9_000_000))
+    for sequence in range(3):
+        assert post(caller.port, body, **numbered("me", sequence))[0] == 202
+    batch = feed.poll(16)
+    assert batch is not None
+    in_the_way = spool / "clients.new"
+    in_the_way.mkdir()
+    feed.commit(batch.position)
+    assert feed.poll(16) is not None
+    assert len(list(spool.glob("*.lines"))) == 2
+    in_the_way.rmdir()
+    feed.commit(batch.position)
+    assert len(list(spool.glob("*.lines"))) == 1
+    feed.close()
+
+
 @pytest.mark.parametrize("headers", [{"Streamkd-Client": "me"}, {"Streamkd-Sequence": "1"}, numbered("me", -1)])
 def test_half_a_number_is_refused(headers: Mapping[str, str], tmp_path: Path) -> None:
     caller = Caller(tmp_path)
