@@ -1,14 +1,16 @@
-"""A broker that is gone for ten seconds, and the daemon beside it."""
+"""A broker that is gone for ten seconds, or a daemon that is killed, and what that costs."""
 
 import json
 import signal
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from brokers import Broker
 from test_commands import fetched, started, told
 
 from runners.bench.kill import RECORDS
+from streamkd import checkpoint
 
 SECONDS = 10
 
@@ -52,3 +54,9 @@ def costs_nothing(broker: Broker, feed: Sequence[str], publish: Callable[[], Non
         assert fetched(port, "/readyz")[0] == 200
         daemon.send_signal(signal.SIGTERM)
         assert daemon.wait(timeout=20) == 0
+
+
+def newest_interval(directory: Path) -> int:
+    """Return how many records are in the newest checkpoint and not in the one before it, where there is one."""
+    newest, *before = [checkpoint.about(path)["records"] for path in checkpoint.found(directory)[:2]]
+    return int(newest - sum(before))

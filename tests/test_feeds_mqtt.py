@@ -1,5 +1,6 @@
 """MQTT, beside a real mosquitto."""
 
+import csv
 import json
 import signal
 import time
@@ -11,11 +12,14 @@ from typing import Any
 
 import pytest
 from brokers import Broker, mosquitto
+from outage import costs_nothing
 from test_commands import fetched, started, told
 
+from runners.bench.kill import RECORDS, TABLE, kill_loop, write_table
 from runners.feeds import DeadLetter, conformance
 from runners.feeds.conformance import Law, Stand
 from runners.feeds.mqtt import AT_ONCE, mqtt
+from runners.feeds.spooled import as_line
 from streamkd import checkpoint
 from streamkd.errors import ConfigError
 
@@ -128,6 +132,52 @@ def test_a_killed_run_learns_what_an_unbroken_one_learns(
         assert daemon.wait(timeout=20) == 0
     learned = checkpoint.about(checkpoint.found(Path("saved"))[0])["records"]
     assert 2_000 <= learned <= 2_000 + 2 * AT_ONCE
+
+
+@pytest.fixture
+def table(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Stand, list[str]]:
+    """Return a stand to which the table was published, and the settings of a feed on it."""
+    monkeypatch.chdir(tmp_path)
+    write_table(TABLE)
+    made = stand(broker, tmp_path, id="")
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        made.publish(list(csv.DictReader(file)))
+    feed = made.open.keywords  # type: ignore[attr-defined]
+    settings = [f"feed.{key}={feed[key]}" for key in ("topic", "session", "spool", "url", "label")]
+    return made, ["feed.kind=mqtt", *settings]
+
+
+@pytest.mark.slow
+def test_from_the_spool_a_killed_run_ends_where_an_unbroken_one_ends(table: tuple[Stand, list[str]]) -> None:
+    made, settings = table
+    feed, come = made.open(refuse=nobody), 0
+    while come < RECORDS:
+        come += len(feed.poll(100) or ())
+    feed.close()
+    outcome = kill_loop("default", 4, seed=1, feed=[*settings, "feed.follow=false"])
+    assert outcome.equal == outcome.ends >= 1
+
+
+@pytest.mark.slow
+def test_a_broker_that_is_gone_for_ten_seconds_costs_nothing_and_is_told(
+    broker: Broker, table: tuple[Stand, list[str]]
+) -> None:
+    made, settings = table
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        more = list(csv.DictReader(file))[:100]
+    costs_nothing(broker, settings, lambda: made.publish(more), more=len(more))
+
+
+def test_a_message_that_a_kill_cut_short_is_the_brokers_to_send_again(tmp_path: Path, broker: Broker) -> None:
+    made = stand(broker, tmp_path)
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool" / "000000000001.lines").write_bytes(as_line(b'{"a": 1, "b": 2, "y": "a"}')[:21])
+    made.publish(conformance.rows(0, 3))
+    feed = made.open(refuse=nobody)
+    batch = feed.poll(16)
+    feed.close()
+    assert batch is not None
+    assert batch.ids == ("r0", "r1", "r2")
 
 
 def test_an_address_that_is_none_is_told(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+import re
 import socket
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from starlette.routing import Route
 
 from runners.feeds import Refuse
 from runners.feeds.formats import decoder
+from runners.feeds.numbered import MARK, NAME, NumberedSpool, record_of
 from runners.feeds.spool import MOST_BYTES, Spool
 from runners.feeds.spooled import Arrivals, Spooled, as_line, from_line
 from runners.feeds.stream import StreamFeed, UnreachableError, open_stream, reading
@@ -26,6 +28,9 @@ from runners.passwords import from_environment
 PATH = "/v1/records"
 MOST_BODY = 16 << 20
 """Bytes of one request."""
+CLIENT, SEQUENCE = "Streamkd-Client", "Streamkd-Sequence"
+"""Headers of a client that never wants a request taken twice."""
+SEQUENCES = re.compile(r"[0-9]{1,18}")
 RETRY_SECONDS = 1
 """What a client is asked to wait when there is no room."""
 SECONDS = 5.0
@@ -40,21 +45,23 @@ class Door:
         lines: whether a body is lines, of a record each; else a body is one payload.
         json_lines: whether these are JSON; then a body may also be one value, an object or a list of them.
         token: that a client has to show; empty: none.
+        spool: for what comes.
     """
 
-    def __init__(self, host: str, port: int, *, lines: bool, json_lines: bool, token: str = "") -> None:
+    def __init__(
+        self, host: str, port: int, spool: NumberedSpool, *, lines: bool, json_lines: bool, token: str = ""
+    ) -> None:
         self.ended = False
         self.host, self.port = host, port
         self._lines, self._json, self._token = lines, json_lines, token
         self._arrivals = Arrivals()
         self._socket: socket.socket | None = None
-        self._spool: Spool | None = None
+        self._spool = spool
 
-    def listen(self, spool: Spool) -> None:
+    def listen(self, spool: Spool) -> None:  # noqa: ARG002 - it is the one it was made with
         """Open the port, unless it is open."""
         if self._socket is not None:
             return
-        self._spool = spool
         try:
             self._socket = socket.create_server((self.host, self.port), backlog=128)
         except OSError as error:
@@ -79,9 +86,8 @@ class Door:
         self._arrivals.note(0)
 
     async def _records(self, request: Request) -> JSONResponse:
-        if self._token and not hmac.compare_digest(
-            request.headers.get("authorization", "").encode(), f"Bearer {self._token}".encode()
-        ):
+        shown = request.headers.get("authorization", "").encode()
+        if self._token and not hmac.compare_digest(shown, f"Bearer {self._token}".encode()):
             return _answer(401, "Authorization: Bearer and the token is needed")
         body = bytearray()
         async for chunk in request.stream():
@@ -89,26 +95,40 @@ class Door:
             if len(body) > MOST_BODY:
                 return _answer(413, f"more than {MOST_BODY} bytes; send fewer records at once")
         records = self._taken_apart(bytes(body))
+        client, sequence = (request.headers.get(name, "") for name in (CLIENT, SEQUENCE))
         if not records:
             return _answer(400, "no record in the body")
-        if self._spool is None or self._spool.full:
+        if (client or sequence) and not (NAME.fullmatch(client) and SEQUENCES.fullmatch(sequence)):
+            return _answer(400, f"{CLIENT} (of {NAME.pattern}) and {SEQUENCE} (a number) go together")
+        return await asyncio.to_thread(self._take, records, client, sequence)
+
+    def _take(self, records: list[bytes], client: str, sequence: str) -> JSONResponse:
+        """Write records to the spool, where there is room, and say so."""
+        if self._spool.full:
             return _answer(429, "as many wait as may; send these again later")
+        accepted = len(records)
         try:
-            await asyncio.to_thread(self._spool.append, b"".join(records))
+            if client:
+                accepted = self._spool.append_once(client, int(sequence), records)
+            else:
+                self._spool.append(b"".join(records))
+        except LookupError as last:
+            return _answer(409, f"request {last} of {client} has come already; the next needs a greater number")
         except (OSError, ValueError) as error:  # the latter where it was closed meanwhile
             return _answer(503, f"cannot be written: {error}; send these again later")
-        self._arrivals.note()
-        return JSONResponse({"accepted": len(records)}, status_code=202)
+        if accepted:
+            self._arrivals.note()
+        return JSONResponse({"accepted": accepted}, status_code=202)
 
     def _taken_apart(self, body: bytes) -> list[bytes]:
         """Return the lines of a body."""
         if not self._lines:
             return [as_line(body)] if body else []
-        lines = [line + b"\n" for line in body.splitlines() if line.strip()]
+        lines = [line.lstrip(MARK) + b"\n" for line in body.splitlines() if line.strip(MARK + b" \t")]
         if self._json and (len(lines) > 1 or body.lstrip().startswith(b"[")):
             try:
                 value = json.loads(body)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return lines
             return [json.dumps(one).encode() + b"\n" for one in (value if isinstance(value, list) else [value])]
         return lines
@@ -147,7 +167,8 @@ def http(
     """Take records that are posted to `/v1/records`.
 
     The answer is 202 when they are on the disk, and 429 with `Retry-After` when there is no room. A client that gets no
-    answer should send them again; if they had come, they are learned twice.
+    answer should send them again; if they had come, they are learned twice, unless it names itself and numbers its
+    requests in ascending order (`Streamkd-Client`, `Streamkd-Sequence`): those that came are not taken again then.
 
     Args:
         spool: a folder in which records are kept until they are in a checkpoint.
@@ -168,11 +189,11 @@ def http(
     """
     settings = reading(options)
     lines = format in {"json", "csv"}
-    door = Door(
-        host, port, lines=lines, json_lines=format == "json", token=from_environment(token_env, "feed.token_env")
-    )
+    token = from_environment(token_env, "feed.token_env")
+    kept = NumberedSpool(spool, spool_bytes)
+    door = Door(host, port, kept, lines=lines, json_lines=format == "json", token=token)
     return open_stream(
-        Spooled(door, Spool(spool, spool_bytes), bytes if lines else from_line),
+        Spooled(door, kept, record_of if lines else lambda line: from_line(record_of(line))),
         decoder(format, columns=settings.columns, delimiter=delimiter),
         settings,
         about={"kind": "http", "key": "port", "stream": str(port), "address": "port", "at": f"{host}:{port}"},

@@ -234,7 +234,7 @@ def mqtt(
         tls=parts.scheme == "mqtts",
     )
     return open_stream(
-        Spooled(subscription, Spool(spool, spool_bytes), from_line),
+        Spooled(subscription, Spool(spool, spool_bytes, whole=True), from_line),
         decoder(format, columns=settings.columns, delimiter=delimiter),
         settings,
         about={"kind": "mqtt", "key": "topic", "stream": topic, "address": "url", "at": url},

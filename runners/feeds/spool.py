@@ -20,6 +20,11 @@ class Spool:
         directory: for the segments; only one process may have it.
         most_bytes: of all segments, before it is full.
         segment_bytes: of a segment before the next one is begun.
+        whole: whether lines are appended whole. Then one that a kill cut short was answered for to nobody, and is taken
+            away; else it is ended, lest the next become part of it.
+
+    Attributes:
+        written: lines that this process appended.
 
     One thread may append while another reads and prunes.
 
@@ -27,7 +32,15 @@ class Spool:
         ConfigError: it cannot be made.
     """
 
-    def __init__(self, directory: Path, most_bytes: int = MOST_BYTES, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        most_bytes: int = MOST_BYTES,
+        segment_bytes: int = SEGMENT_BYTES,
+        *,
+        whole: bool = False,
+    ) -> None:
+        self.written = 0
         self._directory, self._most_in_all = directory, most_bytes
         self._most = min(segment_bytes, most_bytes // 4)
         self._lock = Lock()
@@ -37,17 +50,35 @@ class Spool:
             self._file = self._path(self._number).open("ab", buffering=0)
             self._sync_directory()
             self._size = sum(self._path(number).stat().st_size for number in self._numbers())
+            if whole:
+                self._drop_rest()
+            else:
+                self.end_line()
         except OSError as error:
             raise ConfigError(f"feed.spool = {str(directory)!r}: {error.strerror or error}; name another") from None
-        self.end_line()
 
     def end_line(self) -> None:
         """End a line that was cut short, by a kill or at the end of the source, lest the next become part of it."""
-        size = self._file.tell()
+        if self._rest():
+            self.append(b"\n")
+
+    def _drop_rest(self) -> None:
+        """Take away a line that was cut short."""
+        rest = self._rest()
+        self._cut(self._file.tell() - rest)
+        self._size -= rest
+
+    def _rest(self) -> int:
+        """Return how many bytes come after the last whole line."""
         with self._path(self._number).open("rb") as file:
-            file.seek(max(0, size - 1))
-            if size and file.read(1) != b"\n":
-                self.append(b"\n")
+            rest = 0
+            for line in file:
+                rest = 0 if line.endswith(b"\n") else len(line)
+            return rest
+
+    def _cut(self, size: int) -> None:
+        self._file.truncate(size)
+        self._file.seek(size)
 
     def append(self, data: bytes) -> None:
         """Write bytes, and return when they are on the disk; a segment ends where a line does."""
@@ -70,9 +101,10 @@ class Spool:
             os.fsync(self._file.fileno())
         except OSError:
             with suppress(OSError):
-                self._file.truncate(before)
+                self._cut(before)
             raise
         self._size += len(data)
+        self.written += data.count(b"\n")
 
     def _next_segment(self) -> None:
         self._file.close()
@@ -97,6 +129,17 @@ class Spool:
         """Say whether what comes after a place is still there."""
         path = self._path(place["segment"])
         return path.exists() and place["offset"] <= path.stat().st_size
+
+    def number(self, place: Mapping[str, Any]) -> int:
+        """Return the number of the line before a place; `written` is the newest's, and 0 the last found at start."""
+        with self._lock:
+            after = 0
+            for segment in range(place["segment"], self._number + 1):
+                with self._path(segment).open("rb") as file:
+                    file.seek(place["offset"] if segment == place["segment"] else 0)
+                    while chunk := file.read(1 << 20):
+                        after += chunk.count(b"\n")
+            return self.written - after
 
     def lines(self, place: Mapping[str, Any]) -> Iterator[tuple[bytes, dict[str, int]]]:
         """Give each whole line after a place, with the place after it."""

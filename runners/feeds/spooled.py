@@ -3,11 +3,12 @@
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from threading import Condition
 from typing import Protocol
 
-from runners.feeds import NONE, REPLAYABLE
+from runners.feeds import REPLAYABLE
 from runners.feeds.spool import Spool
 from runners.feeds.stream import Message, Place, PositionLostError, Start
 
@@ -51,9 +52,14 @@ class Spooled:
 
     def __init__(self, inlet: Inlet, spool: Spool, unwrap: Callable[[bytes], bytes] = bytes) -> None:
         self.capabilities = REPLAYABLE
-        self.lag: Mapping[str, int] = NONE
         self._inlet, self._spool, self._unwrap = inlet, spool, unwrap
         self._place: Place = spool.first()
+        self._read = 0
+
+    @property
+    def lag(self) -> Mapping[str, int]:
+        """Lines that were written and not read yet."""
+        return {"0": self._spool.written - self._read}
 
     @property
     def ended(self) -> bool:
@@ -66,6 +72,7 @@ class Spooled:
             raise PositionLostError("trimmed", f"segment {place['segment']} of the spool is not as it was")
         ends = {"earliest": self._spool.first, "latest": self._spool.last}
         self._place = ends[start]() if place is None else {**place}
+        self._read = self._spool.number(self._place)
         self._inlet.listen(self._spool)
         return self._place
 
@@ -81,6 +88,7 @@ class Spooled:
         while not messages:
             place = self._place
             for line, place in islice(self._spool.lines(self._place), most):
+                self._read += 1
                 if line.strip():
                     messages.append(Message(self._unwrap(line), place, place))
             moved, self._place = place != self._place, place
@@ -89,8 +97,9 @@ class Spooled:
         return messages
 
     def commit(self, place: Place) -> None:
-        """Remove what is safe."""
-        self._spool.prune(place)
+        """Remove what is safe; what cannot be removed now is when the next checkpoint is there."""
+        with suppress(OSError):
+            self._spool.prune(place)
 
     def close(self) -> None:
         """Close the inlet and the spool."""

@@ -69,8 +69,10 @@ class Source(Protocol):
     """What is particular about a broker."""
 
     capabilities: Capabilities
-    lag: Mapping[str, int]
-    """Messages that wait, by partition, as of the last read."""
+
+    @property
+    def lag(self) -> Mapping[str, int]:
+        """Messages that wait, by partition, as of the last read or later."""
 
     @property
     def ended(self) -> bool:
