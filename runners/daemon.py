@@ -159,9 +159,10 @@ class Daemon:
 
     def _observe_feed(self) -> None:
         feed = self._session.feed
-        if self.health.connected != feed.connected:
+        changed = self.health.connected != feed.connected
+        self.health.connected = feed.connected  # before it is told: who hears of it finds it so
+        if changed:
             self._log.warning("feed connected" if feed.connected else "feed disconnected", feed=feed.name)
-        self.health.connected = feed.connected
         for why, count in feed.resets.items():
             if count > self._resets.get(why, 0):
                 self._log.warning("position lost", feed=feed.name, reason=why, so_far=count)

@@ -163,8 +163,9 @@ class Lines:
 
     def close(self) -> None:
         """Close the file."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, None  # closed twice, its number may be another file's
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def json_lines(path: Path) -> Lines:
