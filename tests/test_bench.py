@@ -20,7 +20,7 @@ from runners.bench import ablation, by_hand, rivals
 from runners.bench.learners import OURS, PACE, RIVALS, Rival
 from runners.bench.pairs import Ratio, in_turn, ratio
 from runners.bench.rows import DEFAULT, MECHANISMS, Row, from_the_bottom, one_off, rows
-from runners.bench.streams import Stream
+from runners.bench.streams import Records, Stream
 from runners.evaluate import evaluate
 from streamkd.batch import UNLABELLED, Batch
 from streamkd.config import build_engine
@@ -116,6 +116,18 @@ def test_every_rival_sees_the_same_records_and_the_same_baseline() -> None:
     assert [len(standing.passes) for standing in done.standings.values()] == [
         2 if rival.seeded else 1 for rival in here.values()
     ]
+
+
+def test_a_rival_that_breaks_off_is_told_of_and_the_others_race_on() -> None:
+    records = TINY.read()
+
+    def broken(records: Records, seed: int) -> Tape:
+        raise ValueError(f"no seed {seed} for {records.classes} classes")
+
+    done = rivals.race(records, {"broken": Rival(broken), OURS: RIVALS[OURS]}, [3])
+    assert list(done.standings) == [OURS]
+    assert done.failed == {"broken": f"ValueError: no seed 3 for {records.classes} classes"}
+    assert done.as_json()["failed"] == done.failed
 
 
 def test_a_batch_is_predicted_whole_before_its_labels_are_learned() -> None:

@@ -148,6 +148,8 @@ class DeepRiver:
         """Take one step of its optimizer."""
         self.asked = True
         self.scaler.learn_many(prepared)
+        # Its variance of a column that hardly varies may fall below zero by rounding, and has a complex root then.
+        self.scaler.vars.update({name: max(0.0, value) for name, value in self.scaler.vars.items()})
         self.model.learn_many(self.scaler.transform_many(prepared), self.series(list(y)))
 
 

@@ -22,6 +22,7 @@ from runners.bench.learners import OURS, PACE, RIVALS, Learner, Rival
 from runners.bench.streams import Records, streams
 from runners.eval_command import check_targets, write_json
 from streamkd.batch import Batch, labelled
+from streamkd.errors import reason
 
 BUSY = 0.8
 """The share of a core under which a speed says more of the machine than of the learner."""
@@ -71,10 +72,11 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Race:
-    """What came of all rivals on one stream."""
+    """What came of all rivals on one stream: how each stands, or why it broke off."""
 
     records: Records
     standings: Mapping[str, Standing]
+    failed: Mapping[str, str]
 
     def ratio(self, name: str) -> float | None:
         """Return how many times as fast as `PACE` a rival was; None where that did not run."""
@@ -99,6 +101,7 @@ class Race:
                 }
                 for name, standing in self.standings.items()
             },
+            "failed": dict(self.failed),
         }
 
 
@@ -128,6 +131,8 @@ def main(
 
             races.append(race(found, racing, seeds, follow))
         console.print(table(races[-1], seeds))
+        for name, why in races[-1].failed.items():
+            console.print(f"broke off: {name}: {why}", markup=False)
         least = min(standing.share for standing in races[-1].standings.values())
         if least < BUSY:
             console.print(f"a busy machine: some had only {least:.0%} of a core, so their speeds do not compare")
@@ -161,14 +166,20 @@ def race(
         follow: called with a name, returns what is called now and then with the records so far.
     """
     filled = list(imputed(records.batches))
-    standings = {}
+    standings, failed = {}, {}
     for name, rival in rivals.items():
-        passes = [
-            go(rival.make(records, seed), records.batches, filled, follow(f"{name}, seed {seed}"))
-            for seed in (seeds if rival.seeded else seeds[:1])
-        ]
-        standings[name] = Standing(records.count, passes)
-    return Race(records, standings)
+        try:
+            passes = [
+                go(rival.make(records, seed), records.batches, filled, follow(f"{name}, seed {seed}"))
+                for seed in (seeds if rival.seeded else seeds[:1])
+            ]
+        except Exception as error:
+            if name == OURS:
+                raise
+            failed[name] = reason(error)  # whatever it was: the others race on
+        else:
+            standings[name] = Standing(records.count, passes)
+    return Race(records, standings, failed)
 
 
 def go(
