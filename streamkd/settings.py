@@ -235,11 +235,9 @@ def complaints(error: ValidationError, prefix: str, model: type[BaseModel] | Non
         key = ".".join(str(part) for part in ([prefix] if prefix else []) + list(problem["loc"]))
         if problem["type"] == "extra_forbidden":
             indices = re.findall(r"\.(\d+)\.", key)
-            known = (
-                [re.sub(r"\.0\.", f".{indices[0]}." if indices else ".0.", name) for name in keys(model)]
-                if model
-                else []
-            )
+            index = f".{indices[0]}." if indices else ".0."
+            named = keys(model, f"{prefix}." if prefix else "") if model else ()
+            known = [re.sub(r"\.0\.", index, name) for name in named]
             yield f"{key}: no such setting{did_you_mean(key, known)}"
         elif problem["type"].startswith("missing"):
             yield f"{key}: missing; set it"
