@@ -73,6 +73,11 @@ def _named(value: Any) -> Any:
 NamedPart = Annotated[Part, BeforeValidator(_named)]
 
 
+def _one_or_more(value: Any) -> Any:
+    """Let one part stand for a list of it."""
+    return [value] if isinstance(value, (str, Mapping)) else value
+
+
 class WeightedPart(Part):
     """One of several parts that are added up."""
 
@@ -185,6 +190,11 @@ class InputSettings(Settings):
     standardise: bool = True
     clip: Factor = 8.0
     horizon: Positive = 100_000
+    augment: Annotated[
+        tuple[NamedPart, ...],
+        BeforeValidator(_one_or_more),
+        Field(description="of images while they are learned, one after the other; anew for every update"),
+    ] = ()
 
 
 class LabelSettings(Settings):
