@@ -412,10 +412,26 @@ def test_an_image_stays_bytes_in_memory_in_what_waits_and_in_checkpoints(name: s
     engine = build_engine(configuration, feed.shape)
     while (batch := feed.poll(16)) is not None:
         engine.step(batch)
+        waiting = engine.pending.state_dict()["answers"]
+        assert waiting is None or waiting["x"].dtype == torch.uint8
     state = stored(engine.state_dict())
     assert state["replay"]["x"].dtype == torch.uint8
     assert len(state["replay"]["x"]) == 60
     assert engine.replay.sample(4).x.dtype == torch.uint8
+
+
+def test_classes_are_seen_task_by_task_and_keep_their_numbers(small: Path) -> None:
+    configuration = load(
+        "npz", [f"feed.path={small}", "feed.order={kind='class_incremental', tasks=3}", "max_classes=5"]
+    )
+    feed = configuration.open_feed(nobody)
+    engine = build_engine(configuration, feed.shape)
+    seen = []
+    while (batch := feed.poll(12)) is not None:
+        engine.step(batch)
+        seen.append(int(engine.seen.sum()))
+    assert seen == [2, 2, 4, 4, 5]
+    assert feed.describe()["classes"] == list("01234")
 
 
 def test_a_set_is_evaluated_checked_run_and_inspected_by_its_name_alone(
