@@ -11,7 +11,8 @@ from typing import Any
 
 from docstring_parser import parse
 
-from streamkd import adapters, capacity, drift, features, losses, per_record, replay, roles, schedules
+from runners.feeds import orders
+from streamkd import adapters, augment, capacity, drift, features, losses, per_record, replay, roles, schedules
 from streamkd.errors import ConfigError
 from streamkd.parts import public_functions
 from streamkd.settings import did_you_mean
@@ -55,6 +56,8 @@ FAMILIES = (
     Family("selectors", "roles.rule", roles, ("costs",)),
     Family("detectors", "drift.detector", drift),
     Family("replay", "replay.evict", replay, ("buffer", "n")),
+    Family("augmentations", "inputs.augment", augment),
+    Family("orders", "feed.order, of images", orders),
 )
 
 

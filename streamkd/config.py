@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from streamkd import capacity, drift, losses, models, per_record, replay, roles, schedules
+from streamkd import augment, capacity, drift, losses, models, per_record, replay, roles, schedules
 from streamkd.batch import Output
 from streamkd.cohort import Distillation
 from streamkd.engine import Engine
@@ -26,6 +26,7 @@ from streamkd.roles import Election
 from streamkd.served import Served
 from streamkd.settings import EngineSettings, LossSum, Part, did_you_mean, validate
 from streamkd.tapping import feature_loss, tapped_models
+from streamkd.transforms import chained
 
 RIVER = "river:"
 RESERVED = ("served", "no-change", "majority")
@@ -89,6 +90,7 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
         pool=_pool(settings),
         pending=Pending(settings.labels.pending_capacity),
         inputs=Standardiser(scaling.clip, scaling.horizon) if scaling.standardise else Raw(),
+        augment=chained(scaling.augment, augment, shape),
         device=device,
         clock=clock,
     )
@@ -240,7 +242,8 @@ def _model(part: Part, shape: Sequence[int], classes: int, key: str) -> Callable
         given = {"shape": tuple(shape), "classes": classes}
         options |= {name: value for name, value in given.items() if name in parameters(factory)}
     else:
-        factory, options = models.torchvision_model, {"name": part.kind, "classes": classes, **options}
+        given = {"name": part.kind, "shape": tuple(shape), "classes": classes}
+        factory, options = models.torchvision_model, {**given, **options}
 
     def build() -> nn.Module:
         module = tried(lambda: factory(**options), part, key)

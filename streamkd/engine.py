@@ -56,6 +56,7 @@ class Engine:
         pool: a second opinion, which pools the same members by learned coefficients; none by default.
         pending: predictions that wait for their labels.
         inputs: scaling of the raw inputs, or `Raw()` for none.
+        augment: changes raw inputs a little before they are learned, anew for every update; none by default.
         device: where models and batches are computed.
         clock: reads seconds, for `Report.seconds`; streamkd itself never looks at a clock.
     """
@@ -75,6 +76,7 @@ class Engine:
         pool: Pool | None = None,
         pending: Pending | None = None,
         inputs: Standardiser | Raw | None = None,
+        augment: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str = "cpu",
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
@@ -89,6 +91,7 @@ class Engine:
         self.pool = pool
         self.pending = Pending() if pending is None else pending
         self.inputs = inputs or Standardiser()
+        self.augment = augment
         self.transfer = TransferEfficiency(len(peers))
         self.clock = clock
         self.seen = torch.zeros(classes, dtype=torch.bool)
@@ -288,7 +291,8 @@ class Engine:
         rule = self.cohort.distillation
         if len(answers):
             self.cohort.schedule(self.roles.teacher, int(self.seen.sum()))
-        x, y = self.inputs(answers.x), answers.y.to(self.device)
+        raw, y = answers.x, answers.y.to(self.device)
+        x = self.inputs(raw)
         kept, faulty = list(range(len(answers))), list[int]()
         open_x = targets = x[:0]
         if len(untold):
@@ -296,7 +300,8 @@ class Engine:
             targets = doubted(untold.served[:, : len(self._seen)].to(self.device), self._seen, rule.doubt)
         learned = []
         for recalled in self._lessons(memories):
-            parts = [recalled, Lesson(x, y, _even(x))]
+            shown = x if self.augment is None else self.inputs(self.augment(raw))
+            parts = [recalled, Lesson(shown, y, _even(x))]
             if len(untold):
                 mixed, mixed_targets = interpolated(open_x, targets, rule.interpolate)
                 parts.append(Lesson(mixed, untold.y.to(self.device), _even(mixed) * rule.unlabelled, mixed_targets))
@@ -307,7 +312,7 @@ class Engine:
                 own = [row - len(recalled) for row in result.faulty]
                 faulty += [kept[row] for row in own if 0 <= row < len(kept)]
                 sound = [row for row in range(len(kept)) if row not in own]
-                x, y, kept = x[sound], y[sound], [kept[row] for row in sound]
+                raw, x, y, kept = raw[sound], x[sound], y[sound], [kept[row] for row in sound]
             learned.append(result)
         self.cohort.absorb(x, y, teacher=self.roles.teacher)
         return learned, faulty
@@ -316,7 +321,8 @@ class Engine:
         """Make memories ready for the models, those of all updates at once."""
         if not memories or not len(memories[0]):
             return [Lesson(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0)) for _ in memories]
-        x = self.inputs(torch.cat([drawn.x for drawn in memories]).to(self.device))
+        raw = torch.cat([drawn.x for drawn in memories]).to(self.device)
+        x = self.inputs(raw if self.augment is None else self.augment(raw))
         weights = torch.cat([drawn.weights / len(drawn) for drawn in memories]).to(self.device)
         y = torch.cat([drawn.y for drawn in memories]).to(self.device)
         sizes = [len(drawn) for drawn in memories]
