@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from monitoring.server import listen
-from runners import saver, session
+from runners import saver, session, warm_start
 from runners.dead_letters import DeadLetters, probe
 from runners.feeds import DeadLetter
 from runners.passwords import without_secrets
@@ -49,6 +49,8 @@ def check(configuration: Configuration, console: Console) -> None:
         with TemporaryDirectory() as folder:  # what is only tried leaves no trace
             elsewhere = configuration.dead_letters.model_copy(update={"path": Path(folder, "dead-letters")})
             running = session.Session(few, feed, engine, DeadLetters(elsewhere, "check"))
+            if not checkpoint.found(configuration.checkpoint.directory):
+                warm_start.begin(running)
             batch = running.poll()
             description = feed.describe()
             if batch is not None:
