@@ -68,7 +68,6 @@ class Measured:
         passes: over the history.
         alone: whether it is the student without a teacher, as a measure for the one with.
         parameters: 0 where that is not known.
-        skipped: steps not taken, for they were not finite.
         accuracy: share of the held-out labels that it answered; None where there are none.
         log_loss: in nats, cut at -ln(1e-6); likewise.
         records_per_second: answered, in batches; likewise.
@@ -79,7 +78,6 @@ class Measured:
     passes: int
     alone: bool
     parameters: int
-    skipped: int
     accuracy: float | None
     log_loss: float | None
     records_per_second: float | None
@@ -94,6 +92,7 @@ class Distilled:
             taught.
         engine: with all peers as they are now.
         learned, held_out: records.
+        faulty: of those to be learned, the rows of records on which alone an update is not finite: these were not.
     """
 
     configuration: Configuration
@@ -102,6 +101,7 @@ class Distilled:
     engine: Engine
     learned: int
     held_out: int
+    faulty: frozenset[int]
 
 
 def make_plan(  # noqa: D417 - the others are those of Plan
@@ -185,11 +185,13 @@ def distill(configuration: Configuration, history: History, plan: Plan, told: Ca
         raise TrainingError(
             f"distill: {reason(error)}; a model or loss of your own may be at fault; streamkd check tries them"
         ) from error
-    latest = labelled(earlier.y).nonzero()[:, 0][-engine.replay.capacity :]
+    sound = labelled(earlier.y)
+    sound[sorted(course.faulty)] = False
+    latest = sound.nonzero()[:, 0][-engine.replay.capacity :]
     engine.replay.add(earlier.x[latest], earlier.y[latest])
     engine.roles.teacher = engine.cohort.names.index(plan.teacher)
     engine.records, engine.steps = len(earlier), -(-len(earlier) // configuration.batch)
-    return Distilled(configuration, plan, rows, engine, len(earlier), len(later))
+    return Distilled(configuration, plan, rows, engine, len(earlier), len(later), frozenset(course.faulty))
 
 
 def _look_through(engine: Engine, history: History, batch: int) -> None:
@@ -248,9 +250,7 @@ def _measured(
         log_p, y = mask_unseen(logits, engine.seen)[known].log_softmax(-1), later.y[known]
         accuracy = float((log_p.argmax(-1) == y).double().mean())
         log_loss = -float(of_truth(log_p[None], y).double().mean())
-    return Measured(
-        peer.name, learned, passes, alone, peer.capacity, peer.skipped, accuracy, log_loss, speed and round(speed, 1)
-    )
+    return Measured(peer.name, learned, passes, alone, peer.capacity, accuracy, log_loss, speed and round(speed, 1))
 
 
 def _total(engine: Engine, plan: Plan, *, measured: bool) -> int:

@@ -1,6 +1,7 @@
 """`streamkd distill`: the command around the offline protocols, with its files and its progress bars."""
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from runners import history, session
 from runners.distill import Distilled, Measured, check_empty, distill, make_plan, write
 from runners.eval_command import check_targets, of_file, write_json
 from runners.evaluate import cell
+from runners.feeds import DeadLetter
 from runners.history import History
 from runners.settings import Configuration, LateLabelSettings, load
 from streamkd.settings import Part
@@ -45,21 +47,30 @@ def main(
         plan = make_plan(running.engine, **planned)
         with _bar(console, "reading") as told:
             read = history.read(running, told)
-    done = []
-    for configuration in passes:
-        with _bar(console, f"seed {configuration.seed}") as told:
-            done.append(distill(configuration, read, plan, told))
+        done = []
+        for configuration in passes:
+            with _bar(console, f"seed {configuration.seed}") as told:
+                done.append(distill(configuration, read, plan, told))
+        for row in sorted(frozenset[int]().union(*(distilled.faulty for distilled in done))):
+            running.dead_letters(_letter(row, read))
+        refused = dict(running.dead_letters.counts)
     console.print(_table(done))
     console.print(_sizes(done))
-    if read.refused:
-        reasons = ", ".join(f"{count:,} {why}" for why, count in sorted(read.refused.items()))
+    if refused:
+        reasons = ", ".join(f"{count:,} {why}" for why, count in sorted(refused.items()))
         console.print(f"refused: {reasons}; see {passes[0].dead_letters.path}", markup=False)
     if json_to is not None:
-        results = [_as_json(distilled, read) for distilled in done]
+        results = [_as_json(distilled, read, refused) for distilled in done]
         write_json(json_to, results[0] if len(results) == 1 else results)
     if out is not None:
         path = write(out, done[0], read)
         console.print(f"wrote {path}; begin with it: --set checkpoint.warm_start={out}", markup=False)
+
+
+def _letter(row: int, read: History) -> DeadLetter:
+    """Return a record that no update could be made on."""
+    raw = json.dumps({"x": read.x[row].tolist(), "class": int(read.y[row])}).encode()
+    return DeadLetter("non_finite_step", "an update on this record alone is not finite", raw, {"record": row + 1})
 
 
 def _plain(configuration: Configuration) -> Configuration:
@@ -75,7 +86,7 @@ def _bar(console: Console, title: str) -> Iterator[Callable[[float], None]]:
         yield lambda share: progress.update(task, completed=share)
 
 
-def _as_json(distilled: Distilled, read: History) -> dict[str, Any]:
+def _as_json(distilled: Distilled, read: History, refused: Mapping[str, int]) -> dict[str, Any]:
     """Return everything, for machines: shares between 0 and 1."""
     return {
         **distilled.plan.as_json(),
@@ -86,7 +97,7 @@ def _as_json(distilled: Distilled, read: History) -> dict[str, Any]:
         "held_out": distilled.held_out,
         "rows": [asdict(row) for row in distilled.rows],
         "classes": read.known["classes"],
-        "dead_letters": dict(read.refused),
+        "dead_letters": refused,
     }
 
 
@@ -99,9 +110,6 @@ def _table(done: Sequence[Distilled]) -> Table:
     )
     if len(done) > 1:
         caption += f"; mean and standard deviation of seeds {', '.join(str(one.configuration.seed) for one in done)}"
-    skipped = sum(row.skipped for one in done for row in one.rows)
-    if skipped:
-        caption += f"; {skipped:,} updates were not finite, and not made"
     made = _empty(caption, "", "learned from", "passes", "accuracy\n%", "over itself\nalone", "log-loss")
     alone: tuple[Measured, ...] = ()
     for rows in zip(*(one.rows for one in done), strict=True):

@@ -21,13 +21,11 @@ class History:
         x: `[n, ...]`, raw.
         y: `[n]`, class indices; `UNLABELLED` where there is none.
         known: what the feed knows of its records, see `known`.
-        refused: records that could not be used, by reason; they are in the dead letters.
     """
 
     x: Tensor
     y: Tensor
     known: Mapping[str, Any]
-    refused: Mapping[str, int]
 
     def __len__(self) -> int:
         return len(self.y)
@@ -60,7 +58,7 @@ class History:
         return earlier, later
 
     def _rows(self, rows: slice) -> "History":
-        return History(self.x[rows], self.y[rows], self.known, self.refused)
+        return History(self.x[rows], self.y[rows], self.known)
 
     def _name(self, index: int) -> str:
         names = self.known["classes"]
@@ -99,5 +97,4 @@ def read(running: Session, told: Callable[[float], None]) -> History:
         torch.cat([batch.x for batch in batches]),
         torch.cat([batch.y for batch in batches]),
         known(running.feed),
-        dict(running.dead_letters.counts),
     )

@@ -8,7 +8,7 @@ from runners.history import known
 from runners.session import Session
 from runners.settings import Configuration
 from streamkd import checkpoint
-from streamkd.errors import CheckpointError, one_screen, reason
+from streamkd.errors import CheckpointError, one_screen, reason, short
 
 
 def begin(running: Session) -> Path | None:
@@ -23,12 +23,14 @@ def begin(running: Session) -> Path | None:
     place = running.configuration.checkpoint.warm_start
     if place is None:
         return None
-    where = f"checkpoint.warm_start = {str(place)!r}"
+    where = f"checkpoint.warm_start = {short(str(place))}"
     try:
         path = checkpoint.newest(place)
         state, about = checkpoint.load(path)
     except CheckpointError as error:
         raise type(error)(f"{where}: {error}") from None
+    except (OSError, ValueError) as error:  # what no file system has for a name
+        raise CheckpointError(f"{where}: cannot be read: {reason(error)}; name another") from None
     lines = [*_differences(about, running), *_other_records(about.get("feed", {}), known(running.feed))]
     if lines:
         raise CheckpointError(

@@ -7,12 +7,15 @@ entropy with the labels (Hinton et al. 2015). Every stage of every protocol is t
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from streamkd.batch import Output, labelled
 from streamkd.cohort import STUCK
+from streamkd.faults import at_fault
+from streamkd.lesson import Lesson
 from streamkd.logits import cross_entropy, mask_unseen
 from streamkd.losses import Loss, kd
 from streamkd.peer import Peer
@@ -65,10 +68,10 @@ class Taught:
     temperature: float = 4.0
     loss: Loss = kd
 
-    def distance(self, logits: Tensor, rows: Tensor, y: Tensor) -> Tensor:
-        """Return what a student's logits `[m, classes met]` for the records `rows` `[m]` lose, on average."""
-        student, teacher = Output(logits[None]), Output(self.logits[rows][None])
-        return self.loss(student, teacher, y, logits.new_full((1, 1), self.temperature)).mean()
+    def distance(self, student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+        """Return what a student loses on average, from the logits of both, `[m, classes met]`."""
+        temperature = student.new_full((1, 1), self.temperature)
+        return self.loss(Output(student[None]), Output(teacher[None]), y, temperature).mean()
 
 
 class Course:
@@ -81,6 +84,9 @@ class Course:
         batch: records an update.
         seed: of the orders, and of what models draw by chance.
         told: called after each update with the number of its records.
+
+    Attributes:
+        faulty: rows of records on which alone an update was not finite.
     """
 
     def __init__(
@@ -94,12 +100,13 @@ class Course:
         told: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.x, self.y, self.seen = x, y, seen.to(x.device)
+        self.faulty: set[int] = set()
         self._batch, self._seed, self._told = batch, seed, told
 
     def learn(self, peer: Peer, passes: Sequence[int], *, alpha: float = 0.0, taught: Taught | None = None) -> None:
         """Let a peer learn for some passes, at a rate that falls to nothing; without a teacher, from the labels.
 
-        A step that is not finite is not taken, and counted (`Peer.skipped`).
+        Records on which alone an update is not finite are left out of it, and gathered in `faulty`.
 
         Args:
             peer: the student.
@@ -108,29 +115,35 @@ class Course:
             taught: by whom.
 
         Raises:
-            ArithmeticError: no step of many in a row was finite.
+            ArithmeticError: the peer breaks down whatever it is shown.
         """
-        weight = alpha if taught is not None else 0.0
         left = updates = len(passes) * -(-len(self.y) // self._batch)
         for number in passes:
             for rows in self._orders(number):
-                y = self.y[rows]
-                logits = self._masked(peer.learn(self.x[rows]).logits)
-                parts = []
-                if weight < 1:
-                    hard = cross_entropy(logits, y).sum() / labelled(y).sum().clamp(min=1)
-                    parts.append((1 - weight) * hard)
-                if weight > 0 and taught is not None:
-                    parts.append(weight * taught.distance(logits, rows, y))
-                loss = sum(parts[1:], parts[0])
-                loss.backward()  # type: ignore[no-untyped-call]
-                # A loss that is not finite may have a gradient that is.
-                norm = peer.clip_gradient()
-                peer.step(norm if math.isfinite(float(loss.detach())) else math.nan, rate=left / updates)
+                targets = None if taught is None or not alpha else taught.logits[rows]
+                lesson = Lesson(self.x[rows], self.y[rows], self.x.new_ones(len(rows)), targets)
+                backward = partial(self._backward, peer, alpha=alpha, taught=taught)
+                norm = backward(lesson)
+                if not math.isfinite(norm):
+                    norm, faulty = _without_faulty(peer, lesson, backward)
+                    self.faulty.update(rows[faulty].tolist())
+                peer.step(norm, rate=left / updates)
                 left -= 1
                 if peer.stuck >= STUCK:
                     raise ArithmeticError(f"{peer.name} has had no finite loss and gradient for {STUCK} updates")
                 self._told(len(rows))
+
+    def _backward(self, peer: Peer, lesson: Lesson, *, alpha: float, taught: Taught | None) -> float:
+        """Bring a peer its gradient, clipped; return the norm before, NaN where the loss is not finite."""
+        logits = self._masked(peer.learn(lesson.x).logits)
+        loss = cross_entropy(logits, lesson.y).sum() / labelled(lesson.y).sum().clamp(min=1)
+        if taught is not None and lesson.targets is not None:
+            soft = taught.distance(logits, lesson.targets, lesson.y)
+            loss = soft if alpha == 1 else alpha * soft + (1 - alpha) * loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = peer.clip_gradient()
+        # A loss that is not finite may have a gradient that is.
+        return norm if math.isfinite(float(loss.detach())) else math.nan
 
     def absorb(self, peer: RiverPeer) -> None:
         """Let a peer that learns record by record have all that have a label, once, in the order of time."""
@@ -152,3 +165,16 @@ class Course:
 
     def _masked(self, logits: Tensor) -> Tensor:
         return mask_unseen(logits[:, : len(self.seen)], self.seen)
+
+
+def _without_faulty(peer: Peer, lesson: Lesson, backward: Callable[[Lesson], float]) -> tuple[float, list[int]]:
+    """Find the examples at fault, and bring a peer the gradient of the others; return its norm, and those at fault."""
+
+    def broken(part: Lesson, _: int) -> bool:
+        peer.discard()
+        return not math.isfinite(backward(part))
+
+    faulty = at_fault(lesson, [0], broken)
+    peer.discard()
+    kept = [row for row in range(len(lesson)) if row not in faulty]
+    return (backward(lesson.rows(kept)) if kept else math.nan), faulty

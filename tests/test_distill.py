@@ -145,6 +145,16 @@ def test_records_that_cannot_be_used_go_to_the_dead_letters(
     assert [letter["line"] for letter in letters] == [101, 301]
 
 
+def test_records_that_no_update_can_be_made_on_go_there_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = table(Path("d.csv"), 300).read_text(encoding="utf-8").splitlines()
+    lines[100] = "3e38,3e38,3e38,3e38,class 1"
+    Path("d.csv").write_text("\n".join(lines), encoding="utf-8")
+    distilled(monkeypatch, "--epochs", "1", "--out", "out", "--set", "inputs.standardise=false")
+    (letter,) = [json.loads(line) for line in Path("dead-letters.jsonl").read_text().splitlines()]
+    assert (letter["reason"], letter["record"]) == ("non_finite_step", 100)
+    assert len(written("out")["memories"]["y"]) == 239
+
+
 def test_a_teacher_may_be_of_another_family(monkeypatch: pytest.MonkeyPatch) -> None:
     table(Path("d.csv"), 300)
     forest = "peers.1={name='forest', model={kind='river:forest.ARFClassifier', n_models=3}}"

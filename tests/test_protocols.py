@@ -78,8 +78,7 @@ def test_soft_labels_pull_as_their_cross_entropy_does(temperature: float, seed: 
     generator = torch.Generator().manual_seed(seed)
     student, logits = (torch.randn(6, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     student.requires_grad_()
-    rows = torch.arange(6)
-    divergence = Taught(logits, temperature).distance(student, rows, torch.zeros(6, dtype=torch.int64))
+    divergence = Taught(logits, temperature).distance(student, logits, torch.zeros(6, dtype=torch.int64))
     softened = (logits / temperature).softmax(-1)
     entropy = -(softened * (student / temperature).log_softmax(-1)).sum(-1).mean() * temperature**2
     (one,) = torch.autograd.grad(divergence, student)
@@ -132,12 +131,19 @@ def test_it_is_told_of_every_record_that_was_learned() -> None:
     assert told == [48, 48, 48, 48, 8] * 2
 
 
-def test_a_step_that_is_not_finite_is_counted_and_not_made() -> None:
-    student, taken = peer(), course()
-    taken.x[3] = torch.inf
-    taken.learn(student, range(2))
-    assert student.skipped == 2
+@pytest.mark.parametrize("droopy", [False, True])
+def test_records_that_break_an_update_are_found_and_the_others_learned(teacher: Peer, *, droopy: bool) -> None:
+    student, taken = peer(droopy=droopy), course()
+    taught = Taught(taken.answers(teacher))
+    taken.x[[3, 50]] = torch.inf
+    for alpha in (0.0, 0.5, 1.0):
+        taken.faulty.clear()
+        taken.learn(student, range(2), alpha=alpha, taught=taught)
+        assert taken.faulty == {3, 50}
+    assert student.skipped == 0
     assert all(bool(weight.isfinite().all()) for weight in student.module.state_dict().values())
+    sound = [row for row in range(RECORDS) if row not in {3, 50}]
+    assert float((student.predict(taken.x[sound]).logits[:, :3].argmax(-1) == taken.y[sound]).float().mean()) > 0.9
 
 
 def test_a_peer_that_cannot_take_a_single_step_gives_up() -> None:

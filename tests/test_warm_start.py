@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,17 @@ def test_what_does_not_fit_is_told_and_nothing_is_begun(
     assert len(message.splitlines()) < 16
     assert "Traceback" not in said
     assert checkpoint.found(Path("saved")) == []
+
+
+@pytest.mark.parametrize("name", ["nowhere", "x" * 300, "d.csv", "a\0b"])
+def test_a_place_without_a_checkpoint_is_told(warm: Path, name: str) -> None:
+    with running() as made:
+        named = made.configuration.checkpoint.model_copy(update={"warm_start": Path(name)})
+        elsewhere = replace(made, configuration=made.configuration.model_copy(update={"checkpoint": named}))
+        with pytest.raises(CheckpointError, match=r"checkpoint\.warm_start = .*; name a") as told:
+            warm_start.begin(elsewhere)
+    assert len(str(told.value)) < 600
+    assert warm.exists()
 
 
 def test_given_classes_may_go_on_where_the_history_ended(warm: Path) -> None:
