@@ -283,7 +283,32 @@ def test_a_feed_that_cannot_number_its_labels_is_told(warm: Path, monkeypatch: p
             warm_start.begin(made)
 
 
-def test_labels_that_come_late_or_by_another_way_are_numbered_alike(warm: Path) -> None:
-    with running(f"checkpoint.warm_start={warm}", "labels.delay=40") as made:
-        warm_start.begin(made)
+LATE = ("labels.delay=40",)
+JOINED = (
+    "feed.path=records.csv",
+    "feed.label=",
+    "feed.id=id",
+    "labels.feed={kind='csv', path='labels.csv', id='id', label='y'}",
+)
+STREAM = ("feed={kind='iterable', source='rows_of_a_stream:rows'}",)
+
+
+@pytest.mark.parametrize("settings", [LATE, JOINED, STREAM], ids=["late", "on a feed of their own", "a stream"])
+def test_labels_are_numbered_alike_whatever_way_they_come(
+    warm: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...]
+) -> None:
+    lines = [line.rpartition(",") for line in Path("d.csv").read_text(encoding="utf-8").splitlines()]
+    for name, column in (("records", 0), ("labels", 2)):
+        rows = [f"{'id' if row == 0 else row},{line[column]}" for row, line in enumerate(lines)]
+        Path(f"{name}.csv").write_text("\n".join(rows), encoding="utf-8")
+    Path("rows_of_a_stream.py").write_text(
+        "import csv\n\n\ndef rows():\n    with open('d.csv') as file:\n"
+        "        for row in csv.DictReader(file):\n            y = row.pop('y')\n            yield row, y\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    with running(*settings, f"checkpoint.warm_start={warm}") as made, saving(made) as saver:
         assert made.feed.describe()["classes"] == ["red", "green", "blue"]
+        learned(made, saver, 10_000)
+        assert made.feed.describe()["classes"] == ["red", "green", "blue", "violet"]
+        assert made.engine.accuracy > 0.75
