@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from monitoring.server import listen
-from runners import saver, session
+from runners import saver, session, warm_start
 from runners.dead_letters import DeadLetters, probe
 from runners.feeds import DeadLetter
 from runners.passwords import without_secrets
@@ -46,9 +46,12 @@ def check(configuration: Configuration, console: Console) -> None:
         engine = build_engine(configuration, feed.shape)
         few = configuration.model_copy(update={"batch": FIRST_RECORDS})
         probe(configuration.dead_letters.path)
+        saver.probe(configuration.checkpoint.directory)
         with TemporaryDirectory() as folder:  # what is only tried leaves no trace
             elsewhere = configuration.dead_letters.model_copy(update={"path": Path(folder, "dead-letters")})
             running = session.Session(few, feed, engine, DeadLetters(elsewhere, "check"))
+            if not checkpoint.found(configuration.checkpoint.directory):
+                warm_start.begin(running)
             batch = running.poll()
             description = feed.describe()
             if batch is not None:
@@ -76,7 +79,6 @@ def _try_process(running: session.Session) -> None:
     """Find out what a run finds out at its start: the port, and whether its checkpoints could go on."""
     http, directory = running.configuration.http, running.configuration.checkpoint.directory
     listen(http.host, http.port).close()
-    saver.probe(directory)
     for path in checkpoint.found(directory):
         with suppress(DamagedError):  # a run would go on from the one before
             _, about = checkpoint.load(path)

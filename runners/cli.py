@@ -4,7 +4,7 @@ import sys
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
@@ -26,6 +26,10 @@ Batch = Annotated[
     int, Parameter(validator=Number(gte=1), help="Records predicted before any of their labels is learned.")
 ]
 Seeds = Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative="", help="One pass for each.")]
+OwnSeeds = Annotated[
+    tuple[int, ...], Parameter(consume_multiple=True, negative="", show_default=False, help="One pass for each.")
+]
+Count = Annotated[int, Parameter(validator=Number(gte=0))]
 Records = Annotated[int | None, Parameter(validator=Number(gte=1), help="End each stream after as many.")]
 Json = Annotated[
     str | None, Parameter(allow_leading_hyphen=True, help="Write the figures there; - is standard output.")
@@ -112,9 +116,7 @@ def evaluate(
     *,
     label: Label = None,
     batch: Annotated[int | None, Parameter(help="Records predicted before any of their labels is learned.")] = None,
-    seed: Annotated[
-        tuple[int, ...], Parameter(consume_multiple=True, negative="", show_default=False, help="One pass for each.")
-    ] = (),
+    seed: OwnSeeds = (),
     json: Json = None,
     plot: Annotated[Path | None, Parameter(help="Draw accuracy over time there.")] = None,
     labels: Annotated[float, Parameter(help="Share of the records whose label is revealed; all are scored.")] = 1.0,
@@ -133,6 +135,81 @@ def evaluate(
     from runners.eval_command import main as runner
 
     runner(config, data, label=label, batch=batch, seeds=seed, json_to=json, plot=plot, labels=labels, overrides=set_)
+
+
+@app.command
+def distill(
+    config: str,
+    data: Path,
+    *,
+    protocol: Annotated[
+        Literal["three_stage", "static"],
+        Parameter(
+            help="three_stage: students learn the teacher's softened answers, then the labels. static: both at once."
+        ),
+    ] = "three_stage",
+    teacher: Annotated[str | None, Parameter(help="The peer who teaches; the largest, unless set.")] = None,
+    student: Annotated[
+        tuple[str, ...],
+        Parameter(
+            consume_multiple=True, negative="", show_default=False, help="Peers to teach; all others, unless set."
+        ),
+    ] = (),
+    label: Label = None,
+    epochs: Annotated[
+        tuple[Count, ...],
+        Parameter(
+            consume_multiple=True, negative="", help="Passes of the teacher and of each stage: one number, or each."
+        ),
+    ] = (5,),
+    holdout: Annotated[
+        float, Parameter(validator=Number(gte=0, lt=1), help="The last share, which measures and is not learned.")
+    ] = 0.2,
+    temperature: Annotated[
+        float, Parameter(validator=Number(gt=0, lt=1e4), help="At which answers are compared.")
+    ] = 4.0,
+    alpha: Annotated[
+        float, Parameter(validator=Number(gte=0, lte=1), help="Weight of the teacher beside the labels, for static.")
+    ] = 0.5,
+    batch: Annotated[int | None, Parameter(validator=Number(gte=1), help="Records an update.")] = None,
+    seed: OwnSeeds = (),
+    json: Json = None,
+    out: Annotated[
+        Path | None, Parameter(help="Write a checkpoint for checkpoint.warm_start, of the first seed.")
+    ] = None,
+    set_: Set = (),
+) -> None:
+    """Learn a history in several passes: a teacher from the labels, students from the teacher.
+
+    The same students alone, with as many updates, are measured beside them. What all have learned can be written for a
+    run to begin with.
+
+    Parameters
+    ----------
+    config
+        A TOML file, or the name of a shipped configuration.
+    data
+        CSV or JSON lines, plain or gzip; held in memory.
+    """
+    from runners.distill_command import main as runner
+
+    runner(
+        config,
+        data,
+        label=label,
+        batch=batch,
+        seeds=seed,
+        json_to=json,
+        out=out,
+        overrides=set_,
+        protocol=protocol,
+        epochs=epochs,
+        teacher=teacher,
+        students=student,
+        temperature=temperature,
+        alpha=alpha,
+        holdout=holdout,
+    )
 
 
 @app.command

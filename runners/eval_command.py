@@ -41,12 +41,7 @@ def main(
 ) -> None:
     """Evaluate once a seed, and print, write and draw what came of it."""
     check_targets(json_to, plot)
-    given = {
-        "feed.path": str(data),
-        "feed.label": label,
-        "batch": batch,
-        "feed.kind": None if _named(overrides) else kind_of(data),
-    }
+    given = of_file(data, label, batch, overrides)
     if not 0 < labels <= 1:
         raise ConfigError(f"--labels {labels}: a share; give one above 0, and 1 at the most")
     if labels < 1 and load(config, overrides, given).labels.delay:
@@ -66,8 +61,22 @@ def main(
         console.print(f"picture: {plot}", markup=False)
 
 
-def _named(overrides: Sequence[str]) -> bool:
-    return any(override.startswith("feed.kind=") for override in overrides)
+def of_file(data: Path, label: str | None, batch: int | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that read a file, key.path -> value; its kind is told by its name, unless it is overridden.
+
+    Args:
+        data: the file.
+        label: column that holds the labels; None leaves it to the configuration, as with the batch.
+        batch: records a step.
+        overrides: as the user gave them.
+    """
+    named = any(override.startswith("feed.kind=") for override in overrides)
+    return {
+        "feed.path": str(data),
+        "feed.label": label,
+        "batch": batch,
+        "feed.kind": None if named else kind_of(data),
+    }
 
 
 def kind_of(data: Path) -> str | None:

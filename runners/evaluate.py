@@ -11,9 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from monitoring.prequential import MAJORITY, NO_CHANGE, Measures, Tally
+from monitoring.prequential import MAJORITY, NO_CHANGE, Tally
 from monitoring.trace import Trace
-from runners import session
+from runners import session, warm_start
 from runners.settings import Configuration
 from streamkd.batch import UNLABELLED
 from streamkd.errors import ConfigError
@@ -81,7 +81,7 @@ def evaluate(
     labels: float = 1.0,
     records: int | None = None,
 ) -> Evaluation:
-    """Make one pass.
+    """Make one pass, from the beginning or from `checkpoint.warm_start`.
 
     Args:
         configuration: its feed must have labels.
@@ -94,6 +94,7 @@ def evaluate(
     """
     running = session.start(configuration)
     try:
+        warm_start.begin(running)
         tally, trace = Tally(), Trace()
         chance = torch.Generator().manual_seed(configuration.seed)
         began = time.perf_counter()
@@ -147,13 +148,12 @@ def table(evaluations: Sequence[Evaluation]) -> Table:
     every = [evaluation.tally.measures() for evaluation in evaluations]
     for name in every[0]:
         rows = [measures[name] for measures in every]
-        made.add_row(
-            Text(name), *(_cell(rows, measure) for measure in MEASURES), style="bold" if name == SERVED else ""
-        )
+        made.add_row(Text(name), *(cell(rows, measure) for measure in MEASURES), style="bold" if name == SERVED else "")
     return made
 
 
-def _cell(rows: Sequence[Measures], measure: str) -> str:
+def cell(rows: Sequence[object], measure: str) -> str:
+    """Return the mean of what several rows tell of a measure, and how it varies where it does."""
     values = [value for row in rows if (value := getattr(row, measure)) is not None]
     if not values:
         return "-"

@@ -23,7 +23,7 @@ def main(directory: Path, *, as_json: bool) -> None:
     Raises:
         CheckpointError: there is none, or it is not whole.
     """
-    path = _newest(directory)
+    path = checkpoint.newest(directory)
     try:
         state, about = checkpoint.load(path)
     except CheckpointError as error:
@@ -43,30 +43,22 @@ def main(directory: Path, *, as_json: bool) -> None:
         _print(found, Console())
 
 
-def _newest(directory: Path) -> Path:
-    if (directory / checkpoint.MANIFEST).exists():
-        return directory
-    candidates = checkpoint.found(directory)
-    if not candidates:
-        raise CheckpointError(f"{directory}: there is no checkpoint in it; name a checkpoint or a folder of them")
-    return candidates[0]
-
-
 def _print(found: dict[str, Any], console: Console) -> None:
     overview = Table(title=Text(found["path"]), title_justify="left", show_header=False)
     for key in ("step", "records", "accuracy", "teacher", "digest", "configuration"):
         overview.add_row(key, Text(str(found[key])))
     overview.add_row("verified", "every file is as the manifest says")
-    for key in ("versions", "position", "files"):
-        for name, value in found[key].items():
+    for key in ("versions", "protocol", "feed", "position", "files"):
+        for name, value in found.get(key, {}).items():
             overview.add_row(Text(f"{key}: {name}"), Text(_short(value)))
     console.print(overview)
     peers = Table(title="Peers", title_justify="left")
     for heading in ("", "accuracy %", "loss", "parameters"):
         peers.add_column(heading, justify="right" if heading else "left")
     for name, figures in found["peers"].items():
-        accuracy, loss = 100 * figures["accuracy"], figures["loss"]
-        peers.add_row(Text(name), f"{accuracy:.1f}", f"{loss:.3f}", f"{figures['parameters']:,}")
+        accuracy, loss = figures["accuracy"], figures["loss"]
+        told = ("-", "-") if accuracy is None else (f"{100 * accuracy:.1f}", f"{loss:.3f}")
+        peers.add_row(Text(name), *told, f"{figures['parameters']:,}")
     console.print(peers)
 
 

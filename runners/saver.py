@@ -15,11 +15,13 @@ import torch
 from structlog.stdlib import BoundLogger
 
 from monitoring.metrics import Metrics, unsound
-from runners import session
+from runners import session, warm_start
 from runners.dead_letters import can_be_written
+from runners.history import known
 from runners.session import Session
 from runners.settings import Configuration
 from streamkd import checkpoint
+from streamkd.engine import Engine
 from streamkd.errors import CheckpointError, ConfigError, DamagedError, one_screen, reason, short
 
 
@@ -74,6 +76,8 @@ class Saver:
     def restore(self) -> None:
         """Go on from the newest checkpoint that is whole; from the beginning, if there is none at all.
 
+        The beginning may be what was learned elsewhere, see `warm_start.begin`.
+
         Raises:
             CheckpointError: there are checkpoints and none is whole, or they are of other models.
         """
@@ -90,6 +94,9 @@ class Saver:
             return
         if candidates:
             raise none_whole(self.settings.directory)
+        begun = warm_start.begin(self._session)
+        if begun is not None:
+            self._log.info("warm start", path=str(begun))
 
     def _read(self, path: Path) -> Mapping[str, Any]:
         """Put feed and engine into the state of a checkpoint; return the feed's position.
@@ -175,7 +182,7 @@ class Saver:
         state = checkpoint.stage(
             {"tensors": {"engine": learned, "position": dict(self.position)}, "memories": memories}
         )
-        about = describe(self._session, self.position)
+        about = describe(self._session.configuration, engine, self.position, known(self._session.feed))
         self._writing = self._thread.submit(self._write, engine.steps, state, about)
         self._metrics.observe_stage(time.perf_counter() - began)
 
@@ -243,22 +250,31 @@ def none_whole(directory: Path) -> CheckpointError:
     )
 
 
-def describe(running: Session, position: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what people, and checks at start, want to know of a checkpoint."""
-    engine = running.engine
+def describe(
+    configuration: Configuration, engine: Engine, position: Mapping[str, Any], feed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what people, and checks at start, want to know of a checkpoint.
+
+    Args:
+        configuration: of the run.
+        engine: whose state it holds.
+        position: of the feed.
+        feed: what it knows of its records, see `history.known`.
+    """
     cohort = engine.cohort
     return {
         "records": engine.records,
         "accuracy": engine.accuracy,
         "position": dict(position),
+        "feed": dict(feed),
         "teacher": cohort.names[engine.roles.teacher],
         "peers": {
             peer.name: {"accuracy": float(accuracy), "loss": float(loss), "parameters": peer.capacity}
             for peer, accuracy, loss in zip(cohort.peers, cohort.accuracies, cohort.losses, strict=True)
         },
-        "models": {peer.name: peer.shapes() for peer in engine.cohort.peers},
-        "settings": state_bearing(running.configuration),
-        "configuration": session.fingerprint(running.configuration),
+        "models": {peer.name: peer.shapes() for peer in cohort.peers},
+        "settings": state_bearing(configuration),
+        "configuration": session.fingerprint(configuration),
         "versions": {
             "streamkd": version("streamkd"),
             "torch": torch.__version__,
@@ -291,6 +307,11 @@ def check_same(about: Mapping[str, Any], position: Mapping[str, Any], running: S
         CheckpointError: says where they differ.
         FeedError: what is to be read on is not what it was.
     """
+    if "protocol" in about:
+        raise CheckpointError(
+            f"{path}: is of streamkd distill, and has no position to go on from; name it in checkpoint.warm_start, "
+            "and another folder in checkpoint.directory"
+        )
     _refuse_other({"settings": about["settings"]}, {"settings": state_bearing(running.configuration)}, path)
     running.seek(position)
     _refuse_other(about["models"], {peer.name: peer.shapes() for peer in running.engine.cohort.peers}, path)

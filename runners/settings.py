@@ -28,6 +28,9 @@ class CheckpointSettings(Settings):
     every_records: Annotated[int, Field(ge=1, description="records between two checkpoints")] = 10_000
     every_seconds: Annotated[float, Field(ge=0, description="seconds between two checkpoints; 0: records alone")] = 0.0
     keep: Annotated[int, Field(ge=1, description="the newest ones")] = 3
+    warm_start: Annotated[
+        Path | None, Field(description="a checkpoint to begin with, where the directory has none of its own yet")
+    ] = None
     keep_best: Annotated[bool, Field(description="beside the newest, the one at which the accuracy was highest")] = True
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from streamkd.errors import DamagedError
+from streamkd.errors import CheckpointError, DamagedError
 
 PARTS = ("tensors", "memories")
 ABOUT = "state.json"
@@ -141,6 +141,20 @@ def found(directory: Path) -> list[Path]:
     """Return the checkpoints in a directory, the newest first, verified or not."""
     named = [path for path in directory.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(named, reverse=True)
+
+
+def newest(directory: Path) -> Path:
+    """Return a checkpoint itself, or the newest in a directory of them, verified or not.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (directory / MANIFEST).exists():
+        return directory
+    candidates = found(directory)
+    if not candidates:
+        raise CheckpointError(f"{directory}: there is no checkpoint in it; name a checkpoint or a folder of them")
+    return candidates[0]
 
 
 def prune(directory: Path, keep: int, *, best: bool = False, refused: Collection[Path] = ()) -> None:

@@ -1,6 +1,6 @@
 """One batch through all of it: predict, join, score, adapt, recall, learn, remember, report."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from math import isfinite, nan
 from typing import Any
@@ -461,6 +461,26 @@ class Engine:
         self.steps, self.records = state["steps"], state["records"]
         self.scored, self.accuracy = state["scored"], state["accuracy"]
         chance.restore(state["chance"])
+
+    def take_over(self, state: Mapping[str, Any]) -> None:
+        """Begin with what was learned elsewhere: models, scaling of the inputs, classes met, memories, the teacher.
+
+        What belongs to the present of another stream begins anew: the weights of the answer, the detector, the evidence
+        for roles, schedules, counters.
+
+        Args:
+            state: what `state_dict` returned, of an engine with all the peers of this one, and perhaps others.
+        """
+        theirs = state["cohort"]["peers"]
+        for peer in self.cohort.peers:
+            peer.load_state_dict(theirs[peer.name])
+        teacher = list(theirs)[state["roles"]["teacher"]]
+        if teacher in self.cohort.names:
+            self.roles.teacher = self.cohort.names.index(teacher)
+        self.inputs.load_state_dict(state["inputs"])
+        self.seen = state["seen"]
+        self._look()
+        self.replay.begin_with(state["replay"])
 
 
 def _faults(batch: Batch, answers: Answers, faulty: list[int]) -> tuple[Fault, ...]:

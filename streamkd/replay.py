@@ -1,6 +1,6 @@
 """Prioritized memories of the past, drawn again while the present is learned."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,12 @@ class ReplayBuffer:
         memory[slots], self._y[slots], self.births[slots] = x.to(memory), y.cpu(), births
         self._prioritise(slots, torch.full((len(slots),), priority))
         self.size = min(self.added, self.capacity)
+
+    def begin_with(self, state: Mapping[str, Any]) -> None:
+        """Remember the latest records of another buffer's state, as many as there is room for, at one priority."""
+        if state["x"] is not None and self.capacity:
+            latest = state["births"].argsort()[-self.capacity :]
+            self.add(state["x"][latest], state["y"][latest])
 
     def sample(self, n: int, window: int | None = None) -> Memories:
         """Draw `n` memories with replacement, from the latest `window` records only where that is given."""

@@ -1,6 +1,6 @@
 """Where batches come from. A feed is one file here, or a `module:Name` of one's own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
@@ -130,6 +130,13 @@ class Feed(Protocol):
 
     def seek(self, position: Mapping[str, Any]) -> None:
         """Go on after the batch that carried `position`."""
+
+    def adopt(self, classes: Sequence[str]) -> None:
+        """Number these labels first, in this order, before anything is polled; needed where `describe` tells classes.
+
+        Raises:
+            CheckpointError: all labels are given, and are others.
+        """
 
     def progress(self) -> float | None:
         """Return how much of the feed was given, 0 to 1; None where it has no end."""

@@ -1,7 +1,7 @@
 """Labels that come later than their records: question first, answer after, as in a running system."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,10 @@ class Delayed:
         self._inner = position["feed"]
         self._given = position["given"]
         self._withheld = deque((name, y) for name, y in position["withheld"])
+
+    def adopt(self, classes: Sequence[str]) -> None:
+        """Number these labels first."""
+        self._feed.adopt(classes)
 
     @property
     def connected(self) -> bool:

@@ -1,6 +1,6 @@
 """A stream that drifts at known places, made by river's generators: for trying things out without any data."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Annotated, Any
 
@@ -60,6 +60,10 @@ class DriftingFeed:
         self._classes.restore(position["classes"])
         self._stream = islice(self._generate(), self._given, None)
 
+    def adopt(self, classes: Sequence[str]) -> None:
+        """Number these labels first."""
+        self._classes.restore(classes)
+
     def progress(self) -> float:
         """Return how much of the stream was given, 0 to 1."""
         return self._given / self.records
@@ -77,7 +81,7 @@ class DriftingFeed:
             "records": self.records,
             "drifts": self.drifts,
             "features": FEATURES,
-            "classes": CLASSES,
+            "classes": list(self._classes.labels),
             "seed": self._seed,
         }
 

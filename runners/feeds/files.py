@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from pathlib import Path
@@ -95,6 +95,14 @@ class FileFeed:
         self._lines.find(position)
         self._place = self._lines.place()
         self._records = position["records"]
+
+    def adopt(self, classes: Sequence[str]) -> None:
+        """Number these labels first.
+
+        Raises:
+            CheckpointError: all labels are given, and are others.
+        """
+        self._decoder.classes.restore(classes)
 
     def progress(self) -> float:
         """Return how much of the file was read, 0 to 1."""

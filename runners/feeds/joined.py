@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -131,6 +131,10 @@ class Joined:
         self._early = OrderedDict((name, (y, came)) for name, y, came in position["early"])
         self._asked = position["asked"]
         self._due = list(position["due"])
+
+    def adopt(self, classes: Sequence[str]) -> None:
+        """Number these labels first."""
+        self._labels.adopt(classes)
 
     @property
     def connected(self) -> bool:

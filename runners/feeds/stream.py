@@ -234,6 +234,14 @@ class StreamFeed:
         except UnreachableError as error:
             raise unreachable(self._about, error) from error
 
+    def adopt(self, classes: Sequence[str]) -> None:
+        """Number these labels first.
+
+        Raises:
+            CheckpointError: all labels are given, and are others.
+        """
+        self._decoder.classes.restore(classes)
+
     def progress(self) -> float | None:
         """Return None: a stream has no end."""
         return None
