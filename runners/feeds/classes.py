@@ -1,6 +1,6 @@
 """Labels as they are written, and the class indices they stand for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from runners.feeds.decode import RefusedError
 from streamkd.errors import CheckpointError, ConfigError, one_screen, short
@@ -46,6 +46,11 @@ class ClassMap:
         self._index[label] = len(self.labels)
         self.labels.append(label)
         return self._index[label]
+
+    def takes(self, labels: Iterable[str]) -> bool:
+        """Whether there is an index, or room for one, for each of these labels."""
+        new = set(labels) - self._index.keys()
+        return not new or (not self._closed and len(self.labels) + len(new) <= self.limit)
 
     def restore(self, labels: Sequence[str]) -> None:
         """Go on with the numbers that a checkpoint's models have learned.

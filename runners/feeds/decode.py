@@ -73,15 +73,15 @@ class Columns:
         numbers = self._numbers([cells.get(name) for name in self.numeric])
         if not self.categorical:
             return numbers
-        hashed = np.zeros((len(self.categorical), self.buckets))
-        for row, name in enumerate(self.categorical):
-            value = cells.get(name)
-            if self._unknown(value):
-                hashed[row] = np.nan
-            else:
-                text = f"{name}={value}".encode(errors="surrogatepass")
-                hashed[row, crc32(text) % self.buckets] = 1
-        return np.concatenate([numbers, hashed.ravel()])
+        return np.concatenate([numbers, *(self.hashed(name, cells.get(name)) for name in self.categorical)])
+
+    def hashed(self, name: str, value: object) -> np.ndarray:
+        """Return the features of one categorical cell, `[buckets]`; all of them NaN where it is missing."""
+        if self._unknown(value):
+            return np.full(self.buckets, np.nan)
+        features = np.zeros(self.buckets)
+        features[crc32(f"{name}={value}".encode(errors="surrogatepass")) % self.buckets] = 1
+        return features
 
     def _numbers(self, cells: Sequence[object]) -> np.ndarray:
         """Read all numbers at once; where anything about one of them is unusual, one by one."""
@@ -92,9 +92,14 @@ class Columns:
             usual = False
         if usual and not any(type(cell) is str and ("_" in cell or cell.strip() in self.missing) for cell in cells):
             return numbers
-        return np.array([self._number(name, cell) for name, cell in zip(self.numeric, cells, strict=True)])
+        return np.array([self.number(name, cell) for name, cell in zip(self.numeric, cells, strict=True)])
 
-    def _number(self, name: str, cell: object) -> float:
+    def number(self, name: str, cell: object) -> float:
+        """Return the number in a cell of column `name`; NaN where it is missing.
+
+        Raises:
+            RefusedError: it is not a finite number.
+        """
         if self._unknown(cell):
             return math.nan
         try:
@@ -121,16 +126,21 @@ class Columns:
             raise RefusedError("malformed", f"column {self.label!r}: {short(label)} is not a label")
         if isinstance(label, float) and not math.isfinite(label):
             raise RefusedError("not_finite", f"column {self.label!r}: {label} is not a label")
-        return None if self._unknown(label) else str(label).strip()
+        return self.known(label)
+
+    def known(self, cell: object) -> str | None:
+        """Return the text of a cell; None where it means that nothing is known."""
+        return None if self._unknown(cell) else str(cell).strip()
 
     def id_of(self, cells: Mapping[str, object]) -> str:
         """Return the name of the record; empty where records have none."""
         if not self.id:
             return ""
-        name = cells.get(self.id)
-        if self._unknown(name) or isinstance(name, (dict, list)):
-            raise RefusedError("no_id", f"column {self.id!r}: {short(name)} is no id")
-        return str(name).strip()
+        cell = cells.get(self.id)
+        name = self.known(cell)
+        if name is None or isinstance(cell, (dict, list)):
+            raise RefusedError("no_id", f"column {self.id!r}: {short(cell)} is no id")
+        return name
 
     def time_of(self, cells: Mapping[str, object]) -> float:
         """Return when the record came to be, in seconds since the epoch; NaN where that cannot be read.

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from runners.feeds import NONE, REPLAYABLE, DeadLetter, Refuse
+from runners.feeds.blocks import Block, ReadBlock, csv_blocks, json_blocks
 from runners.feeds.classes import ClassMap
-from runners.feeds.decode import RefusedError, assign
+from runners.feeds.decode import Columns, RefusedError, assign
 from runners.feeds.lines import Line, Lines
-from runners.feeds.records import Decoder, Record
+from runners.feeds.records import Decoder, Records
 from streamkd.batch import UNLABELLED, Batch
 from streamkd.errors import ConfigError, FeedError
 
@@ -32,7 +33,11 @@ FIRST_LOOK = 10_000
 
 
 class FileFeed:
-    """The records of one file, in order; made by `text_file`."""
+    """The records of one file, in order; made by `text_file`.
+
+    Attributes:
+        read_block: what reads many lines at once; what it does not read is read line by line.
+    """
 
     def __init__(
         self,
@@ -53,26 +58,33 @@ class FileFeed:
         self._decoder = decoder
         self._refuse = refuse
         self._records = 0
+        self.read_block: ReadBlock = reader.blocks(decoder.columns)
+        self._block: Block | None = None
+        self._row = 0  # of the block, to be given next
+        self._one_by_one = 0  # up to this byte
         self._place = lines.place()
         self._look()
 
     def poll(self, records: int) -> Batch | None:
         """Return the next `records` usable records; fewer, or none, where many are refused; None at the end."""
-        found: list[Record] = []
-        refused = 0
+        found: list[Records] = []
+        wanted, refused = records, 0
         while (
-            len(found) < records and refused < MOST_REFUSED and (read := self._next(self._decoder.classes)) is not None
+            wanted
+            and refused < MOST_REFUSED
+            and (read := self._ahead(wanted) or self._next(self._decoder.classes)) is not None
         ):
             if isinstance(read, DeadLetter):
                 self._refuse(read)
                 refused += 1
             else:
                 found.append(read)
-            if isinstance(read, Record) or read.reason == "too_long" or read.raw.endswith(b"\n"):  # else it may grow
+                wanted -= len(read)
+            if isinstance(read, Records) or read.reason == "too_long" or read.raw.endswith(b"\n"):  # else it may grow
                 self._place = self._lines.place()
         if not found and not refused:
             return None
-        self._records += len(found)
+        self._records += records - wanted
         return self._decoder.batch(found, self.position())
 
     def position(self) -> dict[str, Any]:
@@ -92,6 +104,7 @@ class FileFeed:
             FeedError: the file is not the one it was.
         """
         self._decoder.restore(position)
+        self._block, self._one_by_one = None, 0
         self._lines.find(position)
         self._place = self._lines.place()
         self._records = position["records"]
@@ -134,7 +147,7 @@ class FileFeed:
                 refused.append(found)
                 continue
             usable += 1
-            if found.label != UNLABELLED:
+            if found.labels != (UNLABELLED,):
                 self._lines.seek(offset, number)
                 return
         path = f"feed.path = {str(self.path)!r}"
@@ -154,7 +167,25 @@ class FileFeed:
             "'not known' in feed.missing"
         )
 
-    def _next(self, classes: ClassMap) -> "Record | DeadLetter | None":
+    def _ahead(self, most: int) -> Records | None:
+        """Take records from the lines that were read at once; None where the next one is to be read by itself."""
+        if self._block is None and self._lines.offset >= self._one_by_one:
+            ready = self._lines.ready()
+            block = self.read_block(ready) if ready else None
+            if block is not None and self._decoder.classes.takes(label for label in block.labels if label is not None):
+                self._block, self._row = block, 0
+            else:
+                self._one_by_one = self._lines.offset + len(ready)
+        if self._block is None:
+            return None
+        rows = self._decoder.rows(self._block, slice(self._row, self._row + most))
+        self._lines.pass_over(rows.raw)
+        self._row += len(rows)
+        if self._row == len(self._block):
+            self._block = None
+        return rows
+
+    def _next(self, classes: ClassMap) -> Records | DeadLetter | None:
         """Read one record, or say why it cannot be used; None at the end."""
         lines = self._reader.take(self._lines)
         if not lines:
@@ -171,7 +202,7 @@ class FileFeed:
             place = {"line": lines[0].number, "offset": lines[0].offset}
             return DeadLetter(error.reason, error.detail, b"".join(line.raw for line in lines), place)
 
-    def _decode(self, lines: list[Line], classes: ClassMap) -> "Record":
+    def _decode(self, lines: list[Line], classes: ClassMap) -> Records:
         if lines[0].too_long:
             raise RefusedError("too_long", f"a line of {lines[0].end - lines[0].offset} bytes")
         try:
@@ -214,6 +245,10 @@ class Csv:
                 f"{at}: its first line is not a CSV header ({error.detail}); a header is one line, closed by a newline"
             ) from None
         return self._header
+
+    def blocks(self, columns: Columns) -> ReadBlock:
+        """Return what reads many records at once."""
+        return csv_blocks(self._header, columns, self._delimiter)
 
     def take(self, lines: Lines) -> list[Line]:
         """Take the lines of one record: several, where a quoted cell holds newlines; blank lines are no records."""
@@ -268,6 +303,10 @@ class JsonLines:
             )
         lines.give_back(passed, last=None)
         return list(names)
+
+    def blocks(self, columns: Columns) -> ReadBlock:
+        """Return what reads many records at once."""
+        return json_blocks(columns)
 
     def take(self, lines: Lines) -> list[Line]:
         """Take the next line that is not blank."""

@@ -1,19 +1,24 @@
 """Lines of a file, plain or gzip, with their places: streamed, so that size costs no memory."""
 
 import gzip
+import io
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, cast
 from zlib import crc32
 
 from streamkd.errors import FeedError
 
+AT_ONCE = 1 << 17
+"""Bytes of a file that are held in memory."""
 LONGEST = 1 << 20
 """A line of more bytes than this is refused: a feed that lost its newlines must not fill the memory."""
+_DAMAGE = (EOFError, OSError, zlib.error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,7 @@ class Lines:
         try:
             if path.exists() and not path.is_file():
                 raise FeedError(f"feed.path = {str(path)!r}: not a file; name a file")
-            self._raw = path.open("rb")
+            self._raw = cast("BufferedReader", path.open("rb", buffering=AT_ONCE))
             self._size = path.stat().st_size
             self._file = _decompressed(self._raw)
         except OSError as error:
@@ -69,6 +74,25 @@ class Lines:
         """Return why a compressed file breaks off here, once; empty where it simply ends."""
         damage, self._damage = self._damage, ""
         return damage
+
+    def ready(self) -> bytes:
+        """Return whole lines that lie ready in memory, and stay before them; empty where there is none."""
+        if self._returned or self._broken:
+            return b""
+        try:
+            ready = self._file.peek()
+        except _DAMAGE as error:
+            self._broken, self._damage = True, str(error)
+            return b""
+        return ready[: ready.rfind(b"\n") + 1]
+
+    def pass_over(self, lines: Sequence[bytes]) -> None:
+        """Go on after the first of the lines that lie `ready`."""
+        sizes = list(map(len, lines))
+        end = self.offset + sum(sizes)
+        self._file.seek(end)
+        self.number, self.offset = self.number + len(lines), end
+        self._last = Line(lines[-1], self.number - 1, end - sizes[-1], end)
 
     def give_back(self, lines: list[Line], last: Line | None) -> None:
         """Put lines back in front, so that `last` is the one that was read last."""
@@ -98,7 +122,7 @@ class Lines:
             self._file.seek(place["last_offset"])
             raw = self._file.read(place["last_bytes"])
             self.seek(place["offset"], place["line"])
-        except (EOFError, OSError, zlib.error) as error:
+        except _DAMAGE as error:
             raise FeedError(f"feed.path: cannot go back to byte {place['offset']}: {error}") from None
         rest = b"" if raw.endswith(b"\n") or not raw else self._file.readline(LONGEST)
         if crc32(raw) != place["last_crc32"] or rest.strip():
@@ -137,21 +161,65 @@ class Lines:
                 size += len(rest)
                 if not rest or rest.endswith(b"\n"):
                     break
-        except (EOFError, OSError, zlib.error) as error:
+        except _DAMAGE as error:
             self._broken, self._damage = True, str(error)
             return None
         return Line(raw, self.number, self.offset, self.offset + size) if raw else None
 
 
+class _Inflated(io.RawIOBase):
+    """What a gzip file holds, up to where it is damaged.
+
+    gzip itself loses what it has read of a request when the damage comes in the middle of it.
+    """
+
+    def __init__(self, file: gzip.GzipFile) -> None:
+        self._file = file
+        self._damage: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        filled = 0
+        while filled < len(into) and self._damage is None:
+            try:
+                data = self._file.read1(len(into) - filled)
+            except _DAMAGE as error:
+                self._damage = error
+                break
+            if not data:
+                break
+            into[filled : filled + len(data)] = data
+            filled += len(data)
+        if self._damage is not None and not filled:
+            raise self._damage
+        return filled
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._damage = None
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BufferedReader]:
     """Open a file, plain or gzip, for reading."""
     with path.open("rb") as raw, closing(_decompressed(raw)) as file:
         yield file
 
 
-def _decompressed(raw: BinaryIO) -> BinaryIO:
+def _decompressed(raw: BufferedReader) -> BufferedReader:
     """Read a file by what it holds, not by what it is called."""
     compressed = raw.read(2) == b"\x1f\x8b"
     raw.seek(0)
-    return cast("BinaryIO", gzip.GzipFile(fileobj=raw)) if compressed else raw
+    return BufferedReader(_Inflated(gzip.GzipFile(fileobj=raw)), AT_ONCE) if compressed else raw

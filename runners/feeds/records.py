@@ -1,13 +1,15 @@
 """Cells into records, and records into batches: what every feed that reads columns has in common."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
+from runners.feeds.blocks import Block
 from runners.feeds.classes import ClassMap
 from runners.feeds.decode import Columns
 from streamkd.batch import UNLABELLED, Batch
@@ -15,22 +17,25 @@ from streamkd.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Record:
-    """One record decoded.
+class Records:
+    """Records decoded, one or many.
 
     Attributes:
-        features: `[width]` float64.
-        label: the class index; `UNLABELLED` where it is not known.
-        raw: its bytes as they came.
-        id: its name; empty where records have none.
-        time: when it came to be, in seconds since the epoch; NaN where that is not known.
+        features: `[n, width]` float64.
+        labels: class indices; `UNLABELLED` where one is not known.
+        raw: their bytes as they came.
+        ids: their names; empty strings where records have none.
+        times: when they came to be, in seconds since the epoch; NaN where that is not known.
     """
 
     features: np.ndarray
-    label: int
-    raw: bytes
-    id: str = ""
-    time: float = math.nan
+    labels: Sequence[int]
+    raw: Sequence[bytes]
+    ids: Sequence[str]
+    times: Sequence[float]
+
+    def __len__(self) -> int:
+        return len(self.raw)
 
 
 class Decoder:
@@ -59,7 +64,7 @@ class Decoder:
 
     def record(
         self, cells: Mapping[str, object], raw: bytes, classes: ClassMap | None = None, *, sent: float = math.nan
-    ) -> Record:
+    ) -> Records:
         """Return one record; its label is numbered by `classes`, where they are not to be the feed's own.
 
         `sent` is the source's own time of it, for records that do not tell.
@@ -70,19 +75,27 @@ class Decoder:
         features, name = self.columns.features(cells), self.columns.id_of(cells)
         label = self.columns.label_of(cells)
         index = UNLABELLED if label is None else (classes or self.classes).index(label)
-        return Record(features, index, raw, name, self.columns.time_of(cells) if self.columns.time else sent)
+        return Records(
+            features[None], (index,), (raw,), (name,), (self.columns.time_of(cells) if self.columns.time else sent,)
+        )
 
-    def batch(self, records: Sequence[Record], position: Mapping[str, Any]) -> Batch:
+    def rows(self, block: Block, rows: slice) -> Records:
+        """Return some of the records of a block, for whose labels there is room."""
+        labels = [UNLABELLED if label is None else self.classes.index(label) for label in block.labels[rows]]
+        return Records(block.features[rows], labels, block.raw[rows], block.ids[rows], block.times[rows])
+
+    def batch(self, parts: Sequence[Records], position: Mapping[str, Any]) -> Batch:
         """Return records as a batch; none of them make an empty one."""
-        times = tuple(record.time for record in records)
+        raw = _joined(part.raw for part in parts)
+        times = _joined(part.times for part in parts)
         timed = self.columns.time or not all(map(math.isnan, times))
-        x = np.stack([record.features for record in records]) if records else np.empty((0, self.columns.width))
+        x = np.concatenate([part.features for part in parts]) if parts else np.empty((0, self.columns.width))
         return Batch(
-            torch.from_numpy(x).reshape(len(records), *self.shape),
-            torch.tensor([record.label for record in records], dtype=torch.int64),
-            ids=tuple(record.id for record in records) if self.columns.id else (),
+            torch.from_numpy(x).reshape(len(raw), *self.shape),
+            torch.tensor(_joined(part.labels for part in parts), dtype=torch.int64),
+            ids=_joined(part.ids for part in parts) if self.columns.id else (),
             position=position,
-            raw=tuple(record.raw for record in records),
+            raw=raw,
             times=times if timed else (),
         )
 
@@ -122,3 +135,7 @@ class Decoder:
             "categorical": list(self.columns.categorical),
             "classes": list(self.classes.labels),
         }
+
+
+def _joined(parts: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
+    return tuple(chain.from_iterable(parts))

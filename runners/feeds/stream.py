@@ -14,7 +14,7 @@ from runners.feeds import NONE, Capabilities, DeadLetter, Refuse
 from runners.feeds.classes import ClassMap
 from runners.feeds.decode import RefusedError, assign
 from runners.feeds.formats import Cells, as_bytes, present
-from runners.feeds.records import Decoder, Record
+from runners.feeds.records import Decoder, Records
 from streamkd.batch import Batch
 from streamkd.errors import ConfigError, FeedError, one_screen
 from streamkd.settings import Settings, complaints
@@ -201,7 +201,7 @@ class StreamFeed:
 
     def poll(self, records: int) -> Batch | None:
         """Return the next usable records, up to `records`; none, where there are none now; None at the end."""
-        found: list[Record] = []
+        found: list[Records] = []
         refused = 0
         while len(found) < records and refused < MOST_REFUSED and (read := self._next()) is not None:
             if isinstance(read, DeadLetter):
@@ -275,7 +275,7 @@ class StreamFeed:
         """Let go of the source."""
         self._source.close()
 
-    def _next(self) -> Record | DeadLetter | None:
+    def _next(self) -> Records | DeadLetter | None:
         """Take one record, or say why it cannot be used; None where there is none now."""
         while self._message is None:
             message = self._take()
