@@ -46,7 +46,7 @@ def three_stage(alpha: float) -> tuple[Stage, ...]:  # noqa: ARG001 - all protoc
 
 def static(alpha: float) -> tuple[Stage, ...]:
     """The teacher has learned the labels and stays as it is; a student learns both at once (Hinton et al. 2015)."""
-    return (Stage("soft and labels", alpha),)
+    return (Stage("soft + labels", alpha),)
 
 
 PROTOCOLS: dict[str, Callable[[float], tuple[Stage, ...]]] = {"three_stage": three_stage, "static": static}

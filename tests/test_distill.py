@@ -35,7 +35,7 @@ def figures(row: dict[str, Any]) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize(
-    ("protocol", "stages"), [("three_stage", ["soft", "soft, labels"]), ("static", ["soft and labels"])]
+    ("protocol", "stages"), [("three_stage", ["soft", "soft, labels"]), ("static", ["soft + labels"])]
 )
 def test_each_stage_of_a_student_stands_beside_the_same_student_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], protocol: str, stages: list[str]

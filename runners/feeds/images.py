@@ -149,6 +149,14 @@ class ImageFeed:
             )
         self._place, self._records = position["place"], position["records"]
 
+    def adopt(self, classes: Sequence[str]) -> None:
+        """Number these labels first.
+
+        Raises:
+            CheckpointError: the set has others.
+        """
+        self._classes.restore(classes)
+
     def progress(self) -> float:
         """Return how much of the set was given, 0 to 1."""
         return self._place / len(self.order.indices)
