@@ -214,7 +214,7 @@ def test_a_position_that_was_lost_while_nothing_ran_is_told(broker: Broker, tabl
     ("options", "told_"),
     [
         ({"label": "klass"}, r"feed\.label = 'klass': no such column in 's'"),
-        ({"labels": "y"}, r"feed\.labels: no such setting; did you mean label\?"),
+        ({"labels": "y"}, r"feed\.labels: no such setting; did you mean feed\.label\?"),
         ({"on_position_lost": "ignore"}, r"feed\.on_position_lost = 'ignore'"),
         ({"format": "csv"}, r"feed\.columns: missing; a message of CSV has no header"),
         ({"format": "json", "field": "a"}, r"feed\.stream = 's': none of its first 3 messages can be used"),
