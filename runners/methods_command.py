@@ -11,7 +11,7 @@ from typing import Any
 
 from docstring_parser import parse
 
-from streamkd import adapters, capacity, drift, features, losses, per_record, replay, roles, schedules
+from streamkd import adapters, capacity, drift, features, losses, per_record, replay, roles, schedules, schemes
 from streamkd.errors import ConfigError
 from streamkd.parts import public_functions
 from streamkd.settings import did_you_mean
@@ -46,6 +46,7 @@ class Family:
 
 TAUGHT = ("student", "teacher", "y", "temperature")
 FAMILIES = (
+    Family("schemes", "distillation.scheme", schemes, ("peers", "teacher")),
     Family("losses", "distillation.loss", losses, TAUGHT),
     Family("feature losses", "distillation.features", features, ("student", "teacher")),
     Family("adapters", "distillation.features.adapter", adapters, ("student", "teacher")),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from streamkd import schemes
 from streamkd.batch import Output, labelled
 from streamkd.capacity import Capacity
 from streamkd.faults import at_fault
@@ -37,10 +38,7 @@ class Distillation:
     """How peers teach one another.
 
     Attributes:
-        scheme: who teaches whom. `leader`: the teacher in office teaches all others and listens to nobody; `mutual`:
-            every peer learns from every other (Zhang et al. 2018); `ensemble`: all learn from the served answer;
-            `average`: from the averaged weights of the others (Wu and Gong 2021); `static`: from a teacher that stops
-            learning after `freeze_after` updates; `none`.
+        scheme: who teaches whom: the name of one of the functions of `schemes`.
         loss: what a student learns, per example.
         temperature: a schedule, a value a student.
         per_record: from that to a value a record, of the functions of `per_record`; None for all alike.
@@ -292,23 +290,9 @@ class Cohort:
             group.discard()
 
     def pairs(self, teacher: int) -> list[tuple[int, int]]:
-        """Return who teaches whom, as (source, student).
-
-        Sources 0 to P - 1 are the peers, P to 2 P - 1 their averages, and 2 P is the served answer.
-        """
-        size = len(self)
-        others = [(i, j) for i in range(size) for j in range(size) if i != j]
-        match self.distillation.scheme:
-            case "leader" | "static":
-                return [(i, j) for i, j in others if i == teacher]
-            case "mutual":
-                return others
-            case "average":
-                return [(size + i, j) for i, j in others]
-            case "ensemble":
-                return [(2 * size, j) for j in range(size)]
-            case _:
-                return []
+        """Return who teaches whom, as (source, student); see `schemes`."""
+        scheme: Callable[[int, int], schemes.Pairs] = getattr(schemes, self.distillation.scheme)
+        return scheme(len(self), teacher)
 
     def source_name(self, source: int) -> str:
         """Return the name of a source of `pairs`."""

@@ -99,7 +99,7 @@ class FeaturePart(Part):
 class DistillationSettings(Settings):
     """How peers teach one another."""
 
-    scheme: Literal["leader", "mutual", "ensemble", "average", "static", "none"] = "leader"
+    scheme: Literal["leader", "mutual", "ensemble", "average", "self", "static", "none"] = "leader"
     loss: Annotated[Part, BeforeValidator(_summed)] = Part(kind="kd")
     temperature: NamedPart = Part(kind="loss_driven")
     per_record: NamedPart = Part(kind="even")
