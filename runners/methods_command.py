@@ -11,7 +11,19 @@ from typing import Any
 
 from docstring_parser import parse
 
-from streamkd import adapters, capacity, drift, features, losses, per_record, replay, roles, schedules, schemes
+from streamkd import (
+    adapters,
+    capacity,
+    drift,
+    features,
+    losses,
+    per_record,
+    replay,
+    roles,
+    schedules,
+    schemes,
+    stream_classes,
+)
 from streamkd.errors import ConfigError
 from streamkd.parts import public_functions
 from streamkd.settings import did_you_mean
@@ -54,6 +66,7 @@ FAMILIES = (
     Family("capacities", "distillation.capacity", capacity),
     Family("softness", "distillation.per_record", per_record, TAUGHT),
     Family("selectors", "roles.rule", roles, ("costs",)),
+    Family("stream classes", "distillation.stream_classes", stream_classes, ("y", "classes")),
     Family("detectors", "drift.detector", drift),
     Family("replay", "replay.evict", replay, ("buffer", "n")),
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamkd import schemes
+from streamkd import schemes, stream_classes
 from streamkd.batch import Output, labelled
 from streamkd.capacity import Capacity
 from streamkd.faults import at_fault
@@ -52,6 +52,12 @@ class Distillation:
         gate: `better` drops a lesson on records where the teacher is not closer to the label than the student; `soft`
             weighs it by 2 sigmoid(2 (CE_student - CE_teacher)); `open` takes every lesson.
         cap: on no record may the distillation's gradient at the logits outweigh the label's.
+        stream_classes: among which classes the labels of a batch are told apart: one of the functions of
+            `stream_classes`.
+        views: each makes, of raw inputs `[n, ...]`, harder ones. The first is given the records, every other what the
+            one before it made; all these views are learned, and what a student learns on each is what its teacher
+            says of the next harder one, of the hardest on itself (the distillation chain of Wang et al. 2024, there
+            between two peers; what weighs there by the sum over views does here by their mean). None: no views.
         burn_in: updates before any distillation.
         freeze_after: for `static`, in updates.
         unlabelled: the weight of records that will never have a label: beside records that have one, all peers learn
@@ -75,6 +81,8 @@ class Distillation:
     feature_weight: Schedule = field(default_factory=lambda: constant(1.0))
     gate: str = "better"
     cap: bool = True
+    stream_classes: Callable[[Tensor, int], Tensor | None] = stream_classes.seen
+    views: Sequence[Callable[[Tensor], Tensor]] = ()
     burn_in: int = 10
     freeze_after: int = 1_000
     unlabelled: float = 1.0
@@ -230,15 +238,19 @@ class Cohort:
 
     def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Bring every peer its gradient, clipped; take no step yet."""
+        asked, lesson = lesson, lesson.unrolled()
         logits = self._in_order([group.learn(lesson.x) for group in self.groups])
         rest = (0, logits.shape[-1] - len(seen))
         leaf = mask_unseen(logits[..., : len(seen)], seen)
-        hard, gradient, p = labels_loss(leaf, lesson.y)
+        hard, gradient, p = labels_loss(_among(leaf, lesson.among), lesson.y)
         rule = self._lessons = self._lessons or self._prepare(leaf)
         gradient = gradient * rule.betas[..., None]
         soft = divergence = torch.zeros_like(hard)
         if rule.teach:
-            soft, divergence, soft_gradient = self._distil(leaf, hard, lesson, rule, seen=seen, weights=weights)
+            harder = asked.harder() if asked.views else None
+            soft, divergence, soft_gradient = self._distil(
+                leaf, hard, lesson, rule, seen=seen, weights=weights, harder=harder
+            )
             if self.distillation.cap:  # cut to the length of the label's gradient, record by record
                 room = gradient.norm(dim=-1) / soft_gradient.norm(dim=-1).clamp(min=1e-12)
                 soft_gradient = soft_gradient * room.clamp(max=1.0)[..., None]
@@ -262,7 +274,12 @@ class Cohort:
         if self.capacity is not None and self.capacity.online:
             self.capacity.update(p, lesson.y, self._features())
             self.capacities = list(self.capacity.values)
-        return Learned(lesson, hard.mean(0), hard, soft, divergence, leaf.argmax(-1), rule.betas, norms)
+        answers = leaf.argmax(-1)
+        if asked.views:  # what is told of an example is the mean over its views; its answer, that to it as it came
+            shape = (1 + len(asked.views), len(asked))
+            hard, soft, divergence = (told.reshape(len(told), *shape).mean(1) for told in (hard, soft, divergence))
+            answers = answers[:, : len(asked)]
+        return Learned(asked, hard.mean(0), hard, soft, divergence, answers, rule.betas, norms)
 
     def _without_faulty(self, lesson: Lesson, learned: Learned, backward: Callable[[Lesson], Learned]) -> Learned:
         """Leave out the examples that are at fault, and bring the gradient of the others."""
@@ -310,10 +327,20 @@ class Cohort:
         return _Lessons(like.new_tensor(self.betas)[:, None], any(alphas), *self._pairs[1:], *values)
 
     def _distil(
-        self, logits: Tensor, hard: Tensor, lesson: Lesson, rule: "_Lessons", *, seen: Tensor, weights: Tensor
+        self,
+        logits: Tensor,
+        hard: Tensor,
+        lesson: Lesson,
+        rule: "_Lessons",
+        *,
+        seen: Tensor,
+        weights: Tensor,
+        harder: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted and plain distillation loss `[peers, m]`, and its gradient at the logits `[peers, m, classes]`."""
         taught, charged = self._taught(logits, hard, lesson, rule, seen=seen, weights=weights)
+        if harder is not None:
+            taught, charged = taught[:, harder], charged[:, harder]
         gate = self._gate(hard[rule.students], charged)
         if not math.isfinite(float(taught.sum())):  # a teacher that broke down teaches nothing
             sound = taught.isfinite().all(-1)
@@ -373,7 +400,7 @@ class Cohort:
         log_p = members.log_softmax(-1) + weights.to(logits).log()[:, None, None]
         served = log_p.nan_to_num(nan=UNSEEN).logsumexp(0)
         taught = torch.cat([members, served[None]])[rule.sources]
-        return taught, cross_entropy(taught, lesson.y)
+        return taught, cross_entropy(_among(taught, lesson.among), lesson.y)
 
     def _gate(self, student: Tensor, teacher: Tensor) -> Tensor:
         match self.distillation.gate:
@@ -478,3 +505,8 @@ class Cohort:
             self.capacities = list(self.capacity.values)
         self.feature_weights = {(source, student): weight for source, student, weight in state["feature_weights"]}
         self.alphas = {(source, student): alpha for source, student, alpha in state["alphas"]}
+
+
+def _among(logits: Tensor, classes: Tensor | None) -> Tensor:
+    """Rule all but these classes out, for the labels' loss alone."""
+    return logits if classes is None else mask_unseen(logits, classes)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from streamkd import capacity, drift, losses, models, per_record, replay, roles, schedules
+from streamkd import capacity, drift, losses, models, per_record, replay, roles, schedules, stream_classes
 from streamkd.batch import Output
 from streamkd.cohort import Distillation
 from streamkd.engine import Engine
@@ -69,6 +69,7 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
             features=feature_loss(rule.features),
             feature_weight=_schedule(rule.feature_weight, "distillation.feature_weight"),
             gate=rule.gate,
+            stream_classes=getattr(stream_classes, rule.stream_classes),
             burn_in=rule.burn_in,
             freeze_after=rule.freeze_after,
             unlabelled=rule.unlabelled,

@@ -1,7 +1,8 @@
 """One batch through all of it: predict, join, score, adapt, recall, learn, remember, report."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import zip_longest
+from dataclasses import replace
+from itertools import accumulate, islice, zip_longest
 from math import isfinite, nan
 from typing import Any
 
@@ -288,7 +289,8 @@ class Engine:
         rule = self.cohort.distillation
         if len(answers):
             self.cohort.schedule(self.roles.teacher, int(self.seen.sum()))
-        x, y = self.inputs(answers.x), answers.y.to(self.device)
+        raw, y = answers.x, answers.y.to(self.device)
+        x = self.inputs(raw)
         kept, faulty = list(range(len(answers))), list[int]()
         open_x = targets = x[:0]
         if len(untold):
@@ -296,7 +298,8 @@ class Engine:
             targets = doubted(untold.served[:, : len(self._seen)].to(self.device), self._seen, rule.doubt)
         learned = []
         for recalled in self._lessons(memories):
-            parts = [recalled, Lesson(x, y, _even(x))]
+            among = rule.stream_classes(y, len(self._seen))
+            parts = [recalled, Lesson(x, y, _even(x), among=among, views=self._views(raw))]
             if len(untold):
                 mixed, mixed_targets = interpolated(open_x, targets, rule.interpolate)
                 parts.append(Lesson(mixed, untold.y.to(self.device), _even(mixed) * rule.unlabelled, mixed_targets))
@@ -307,7 +310,7 @@ class Engine:
                 own = [row - len(recalled) for row in result.faulty]
                 faulty += [kept[row] for row in own if 0 <= row < len(kept)]
                 sound = [row for row in range(len(kept)) if row not in own]
-                x, y, kept = x[sound], y[sound], [kept[row] for row in sound]
+                raw, x, y, kept = raw[sound], x[sound], y[sound], [kept[row] for row in sound]
             learned.append(result)
         self.cohort.absorb(x, y, teacher=self.roles.teacher)
         return learned, faulty
@@ -316,11 +319,20 @@ class Engine:
         """Make memories ready for the models, those of all updates at once."""
         if not memories or not len(memories[0]):
             return [Lesson(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0)) for _ in memories]
-        x = self.inputs(torch.cat([drawn.x for drawn in memories]).to(self.device))
+        raw = torch.cat([drawn.x for drawn in memories]).to(self.device)
         weights = torch.cat([drawn.weights / len(drawn) for drawn in memories]).to(self.device)
         y = torch.cat([drawn.y for drawn in memories]).to(self.device)
         sizes = [len(drawn) for drawn in memories]
-        return list(map(Lesson, *(torch.split(column, sizes) for column in (x, y, weights))))
+        lessons = map(Lesson, *(torch.split(column, sizes) for column in (self.inputs(raw), y, weights)))
+        if not self.cohort.distillation.views:
+            return list(lessons)
+        views = zip(*(torch.split(view, sizes) for view in self._views(raw)), strict=True)
+        return [replace(lesson, views=own) for lesson, own in zip(lessons, views, strict=True)]
+
+    def _views(self, raw: Tensor) -> tuple[Tensor, ...]:
+        """Make ever harder views of raw inputs, ready for the models."""
+        views = accumulate(self.cohort.distillation.views, lambda view, harder: harder(view), initial=raw)
+        return tuple(self.inputs(view) for view in islice(views, 1, None))
 
     def _remember(self, answers: Answers, memories: list[Memories], learned: list[Learned]) -> None:
         """Refresh the priorities of what was recalled, then remember what was learned."""

@@ -111,6 +111,7 @@ class DistillationSettings(Settings):
     feature_weight: NamedPart = Part.model_validate({"kind": "constant", "value": 1.0})
     gate: Literal["better", "soft", "open"] = "better"
     cap: bool = True
+    stream_classes: Literal["seen", "present"] = "seen"
     burn_in: Count = 10
     freeze_after: Count = 1_000
     unlabelled: Annotated[float, Field(ge=0, description="weight of records that will never have a label")] = 1.0
