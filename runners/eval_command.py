@@ -14,7 +14,17 @@ from runners.evaluate import Evaluation, evaluate, table
 from runners.settings import Configuration, load
 from streamkd.errors import ConfigError
 
-KINDS = {".csv": "csv", ".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl"}
+KINDS = {
+    ".csv": "csv",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".npz": "npz",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
+"""The kind of feed that a file's suffix tells."""
 
 
 def main(
@@ -61,7 +71,9 @@ def _named(overrides: Sequence[str]) -> bool:
 
 
 def kind_of(data: Path) -> str | None:
-    """Return the kind of feed that a file's name tells; None where it tells nothing."""
+    """Return the kind of feed that a file's name tells, or that it is a folder; None where it tells nothing."""
+    if data.is_dir():
+        return "images"
     suffixes = [suffix for suffix in data.suffixes if suffix != ".gz"]
     return KINDS.get(suffixes[-1].lower()) if suffixes else None
 

@@ -15,7 +15,8 @@ class Batch:
     """Records in the order they arrived, and labels that arrived for earlier ones.
 
     Attributes:
-        x: `[n, ...]`, float; NaN marks a missing value.
+        x: `[n, ...]`, float; NaN marks a missing value. Images may be bytes (uint8) `[n, channels, h, w]`, and are kept
+            as such by all that waits and remembers.
         y: `[n]`, class indices; `UNLABELLED` where the label is not known.
         ids: one name a record, or empty. Only a record with an id can be given its label later.
         late: id -> class index, for records of earlier batches that were waiting in `Pending`; `UNLABELLED` for one

@@ -42,15 +42,10 @@ class Standardiser:
         """Learn from the raw inputs `x` `[n, features, ...]`."""
         if not len(x):
             return
-        values = _by_feature(x).double().cpu().numpy()  # [features, m]; numpy is the quicker one on so little
         if not len(self.mean):
-            self.count, self.mean, self.square = torch.zeros(3, len(values), dtype=torch.float64).unbind()
+            self.count, self.mean, self.square = torch.zeros(3, x.shape[1], dtype=torch.float64).unbind()
         before, mean_before, square_before = self.count.numpy(), self.mean.numpy(), self.square.numpy()
-        known = np.isfinite(values)  # an infinity in the sums would never leave them
-        values = np.clip(values, *self._believable())
-        count = known.sum(1)
-        mean = values.sum(1, where=known) / np.maximum(count, 1)
-        square = np.square(values - mean[:, None]).sum(1, where=known)
+        count, mean, square = (_of_bytes if x.dtype == torch.uint8 else _of_numbers)(x, *self._believable())
         total = before + count
         delta = mean - mean_before
         mean = mean_before + delta * count / np.maximum(total, 1)
@@ -63,6 +58,7 @@ class Standardiser:
         """Return `x` standardised, clipped, and without missing values."""
         if len(self.mean):
             # Single precision comes after centring: a column of time stamps would lose its seconds before it.
+            x = x if x.is_floating_point() else x.float()
             centre, scale = self._shaped(x)
             x = (x - centre) * scale
         return torch.nan_to_num(x.float(), nan=0.0).clamp(-self.clip, self.clip)
@@ -98,19 +94,40 @@ class Standardiser:
         self._ready: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
 
+def _of_numbers(x: Tensor, least: Array, most: Array) -> tuple[Array, Array, Array]:
+    """Return count, mean and sum of squared distances from it, `[features]` each, of what is known, moved in."""
+    values = _by_feature(x).double().cpu().numpy()  # [features, m]; numpy is the quicker one on so little
+    known = np.isfinite(values)  # an infinity in the sums would never leave them
+    values = np.clip(values, least, most)
+    count = known.sum(1)
+    mean = values.sum(1, where=known) / np.maximum(count, 1)
+    return count, mean, np.square(values - mean[:, None]).sum(1, where=known)
+
+
+def _of_bytes(x: Tensor, least: Array, most: Array) -> tuple[Array, Array, Array]:
+    """Likewise of pixels, which are counted: there are 256 values only, and many pixels."""
+    count = torch.stack([torch.bincount(values, minlength=256) for values in _by_feature(x)]).double().cpu().numpy()
+    values, total = np.clip(np.arange(256.0), least, most), count.sum(1)
+    mean = (values * count).sum(1) / total
+    return total, mean, (np.square(values - mean[:, None]) * count).sum(1)
+
+
 def _by_feature(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(x.shape[1], -1)
 
 
 class Raw:
-    """Inputs passed on as they are, for models that bring their own scaling; missing values become zero."""
+    """Inputs passed on as they are, for models that bring their own scaling; missing values become zero.
+
+    Pixels, which are bytes, go from 0 to 1, as torchvision's models take them.
+    """
 
     def update(self, x: Tensor) -> None:
         """Learn nothing."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x` without missing values."""
-        return torch.nan_to_num(x.float(), nan=0.0)
+        return x.float() / 255 if x.dtype == torch.uint8 else torch.nan_to_num(x.float(), nan=0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: nothing is learned."""

@@ -83,7 +83,8 @@ class Pending:
             self.expired += 1
         if batch.ids and len(complete) < len(said):
             self._wait(batch, said, known)
-        return _concatenate([*answered, complete]) if answered else complete
+        # What is empty is left out, for it may be of another type than the records that wait.
+        return _concatenate([*answered, complete] if len(complete) else answered) if answered else complete
 
     def _answer(self, name: str, y: int) -> Answers:
         question = self._waiting.pop(name)

@@ -21,6 +21,9 @@ KINDS = {
     "arrow": "runners.feeds.rows:table_file",
     "iterable": "runners.feeds.rows:iterable",
     "drifting": "runners.feeds.drifting:drifting",
+    "npz": "runners.feeds.images:npz",
+    "images": "runners.feeds.images:image_folder",
+    "torchvision": "runners.feeds.images:torchvision",
 }
 """The feeds that ship with streamkd, by `feed.kind`."""
 

@@ -5,11 +5,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from runners.feeds import NONE, REPLAYABLE, Refuse
+from runners.feeds import NONE, REPLAYABLE, Feed, Refuse
 from runners.feeds.formats import Cells, imported
 from runners.feeds.stream import Message, Place, PositionLostError, Start, StreamFeed, open_stream, reading
 from streamkd.errors import ConfigError, FeedError, reason
 from streamkd.parts import imported as named
+from streamkd.parts import make
+from streamkd.settings import Part
 
 ROWS = 1_024
 """Rows of a table that are decoded at once."""
@@ -69,12 +71,13 @@ class Rows:
         self._rows = iter(())
 
 
-def table_file(path: Path, *, kind: str, max_classes: int, refuse: Refuse, **options: Any) -> StreamFeed:
+def table_file(path: Path, *, kind: str, image: str = "", max_classes: int, refuse: Refuse, **options: Any) -> Feed:
     """Read a table of columns.
 
     Args:
         path: of the file.
         kind: `parquet`, or `arrow` for what Arrow calls its file format, also known as Feather.
+        image: column of images, where records are such; `runners.feeds.images.image_column` has the options then.
         max_classes: most labels there may be.
         refuse: takes the records that cannot be used.
         options: those of `runners.feeds.stream.Reading`.
@@ -83,6 +86,11 @@ def table_file(path: Path, *, kind: str, max_classes: int, refuse: Refuse, **opt
         FeedError: it cannot be read.
         ConfigError: a setting does not fit.
     """
+    if image:
+        images = Part.model_validate({**options, "kind": "runners.feeds.images:image_column", "image": image})
+        given = {"path": path, "kind": kind, "max_classes": max_classes, "refuse": refuse}
+        feed: Feed = make(images, {}, "feed", **given)
+        return feed
     settings = reading(options)
     pyarrow = imported("pyarrow.dataset", "arrow", f"feed.kind = {kind!r}")
     try:
