@@ -23,6 +23,7 @@ from streamkd import (
     schedules,
     schemes,
     stream_classes,
+    views,
 )
 from streamkd.errors import ConfigError
 from streamkd.parts import public_functions
@@ -67,6 +68,7 @@ FAMILIES = (
     Family("softness", "distillation.per_record", per_record, TAUGHT),
     Family("selectors", "roles.rule", roles, ("costs",)),
     Family("stream classes", "distillation.stream_classes", stream_classes, ("y", "classes")),
+    Family("views", "distillation.views", views),
     Family("detectors", "drift.detector", drift),
     Family("replay", "replay.evict", replay, ("buffer", "n")),
 )

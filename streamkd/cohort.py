@@ -24,6 +24,7 @@ from streamkd.report import SERVED
 from streamkd.river_peer import RiverPeer
 from streamkd.schedules import Curriculum, Schedule, Signals, competence, constant, loss_driven
 from streamkd.stack import grouped
+from streamkd.views import View
 
 STUCK = 8
 """Updates in a row without a finite gradient after which a peer is rolled back, or restarted."""
@@ -82,7 +83,7 @@ class Distillation:
     gate: str = "better"
     cap: bool = True
     stream_classes: Callable[[Tensor, int], Tensor | None] = stream_classes.seen
-    views: Sequence[Callable[[Tensor], Tensor]] = ()
+    views: Sequence[View] = ()
     burn_in: int = 10
     freeze_after: int = 1_000
     unlabelled: float = 1.0

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from streamkd import capacity, drift, losses, models, per_record, replay, roles, schedules, stream_classes
+from streamkd import capacity, drift, losses, models, per_record, replay, roles, schedules, stream_classes, views
 from streamkd.batch import Output
 from streamkd.cohort import Distillation
 from streamkd.engine import Engine
@@ -70,6 +70,7 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
             feature_weight=_schedule(rule.feature_weight, "distillation.feature_weight"),
             gate=rule.gate,
             stream_classes=getattr(stream_classes, rule.stream_classes),
+            views=[_view(part, shape, f"distillation.views.{number}") for number, part in enumerate(rule.views)],
             burn_in=rule.burn_in,
             freeze_after=rule.freeze_after,
             unlabelled=rule.unlabelled,
@@ -152,6 +153,17 @@ def _per_example(part: Part, family: ModuleType, classes: int, key: str) -> loss
             f"{key} = {shown(part)}: gives {found} for a pair of peers and two records; [1, 2] is needed, a value each"
         )
     return loss
+
+
+def _view(part: Part, shape: Sequence[int], key: str) -> views.View:
+    """Return a view, tried on two records, images as bytes."""
+    view: views.View = make(part, views, key)
+    image = len(shape) == len(("channels", "height", "width"))
+    said = tried(lambda: view(torch.zeros(2, *shape, dtype=torch.uint8 if image else torch.float32)), part, key)
+    if not isinstance(said, torch.Tensor) or said.shape != (2, *shape):
+        found = list(said.shape) if isinstance(said, torch.Tensor) else type(said).__name__
+        raise ConfigError(f"{key} = {shown(part)}: makes {found} of two records; {[2, *shape]} is needed")
+    return view
 
 
 def _detector(part: Part) -> drift.DriftDetector:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate, islice, zip_longest
+from itertools import zip_longest
 from math import isfinite, nan
 from typing import Any
 
@@ -331,8 +331,11 @@ class Engine:
 
     def _views(self, raw: Tensor) -> tuple[Tensor, ...]:
         """Make ever harder views of raw inputs, ready for the models."""
-        views = accumulate(self.cohort.distillation.views, lambda view, harder: harder(view), initial=raw)
-        return tuple(self.inputs(view) for view in islice(views, 1, None))
+        made = []
+        for view in self.cohort.distillation.views:
+            raw = view(raw)
+            made.append(self.inputs(raw))
+        return tuple(made)
 
     def _remember(self, answers: Answers, memories: list[Memories], learned: list[Learned]) -> None:
         """Refresh the priorities of what was recalled, then remember what was learned."""

@@ -112,6 +112,10 @@ class DistillationSettings(Settings):
     gate: Literal["better", "soft", "open"] = "better"
     cap: bool = True
     stream_classes: Literal["seen", "present"] = "seen"
+    views: Annotated[
+        tuple[NamedPart, ...],
+        Field(description="each harder than the one before; a student learns the answer to the next"),
+    ] = ()
     burn_in: Count = 10
     freeze_after: Count = 1_000
     unlabelled: Annotated[float, Field(ge=0, description="weight of records that will never have a label")] = 1.0

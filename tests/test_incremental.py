@@ -1,7 +1,10 @@
 """Classes that come one after the other: asymmetric cross entropy, and distillation along a chain of harder views."""
 
+import re
+import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 import pytest
@@ -13,9 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 from worlds import batches, engine, stored
 
-from streamkd import Distillation, Engine, ReplayBuffer
+from streamkd import Batch, Distillation, Engine, ReplayBuffer, views
+from streamkd.config import build_engine
+from streamkd.errors import ConfigError
 from streamkd.lesson import Lesson, joined
 from streamkd.schedules import constant
+from streamkd.settings import EngineSettings, validate
 from streamkd.stream_classes import present, seen
 
 labels = st.lists(st.integers(0, CLASSES - 1), min_size=1, max_size=6)
@@ -75,29 +81,29 @@ def test_distillation_compares_all_classes_whatever_the_labels_are_told_apart_am
     assert torch.allclose(*soft, atol=1e-5)
 
 
-def in_views(y: Sequence[int], views: int) -> Lesson:
+def in_views(y: Sequence[int], count: int) -> Lesson:
     """Each record in so many harder views, of which every one has a row of its own in the table."""
     plain = lesson_of_rows(y)
-    return replace(plain, views=tuple(plain.x + (1 + number) * len(y) for number in range(views)))
+    return replace(plain, views=tuple(plain.x + (1 + number) * len(y) for number in range(count)))
 
 
 @lawful
 @given(labels, st.integers(0, 3), st.sampled_from([1.0, 4.0]), st.sampled_from([0.5, 4.0]))
 def test_a_student_learns_its_teachers_answer_to_the_next_harder_view(
-    y: list[int], views: int, temperature: float, alpha: float
+    y: list[int], harder: int, temperature: float, alpha: float
 ) -> None:
     rule = plainly("mutual", alpha, cap=False, temperature=constant(temperature))
-    what, count = in_views(y, views), 1 + views
+    what, count = in_views(y, harder), 1 + harder
     cohort = tables(rule, rows=len(y) * count, peers=2)
     logits = cohort.predict(what.unrolled().x)[:2].view(2, count, len(y), CLASSES)
     leaf = logits.clone().requires_grad_()
     total = torch.zeros(())
     for student, teacher in ((0, 1), (1, 0)):
         for view in range(count):
-            own, harder = leaf[student, view], logits[teacher, min(view + 1, views)]
+            own, taught = leaf[student, view], logits[teacher, min(view + 1, harder)]
             total = total + functional.cross_entropy(own, what.y, reduction="sum")
             soft = functional.kl_div(
-                (own / temperature).log_softmax(-1), (harder / temperature).softmax(-1), reduction="sum"
+                (own / temperature).log_softmax(-1), (taught / temperature).softmax(-1), reduction="sum"
             )
             total = total + alpha * temperature**2 * soft
     (by_hand,) = torch.autograd.grad(total / count, leaf)
@@ -191,3 +197,62 @@ def test_what_is_asked_is_answered_as_it_came() -> None:
 def test_all_classes_met_are_the_default() -> None:
     assert Distillation().stream_classes is seen
     assert seen(torch.tensor([0]), CLASSES) is None
+
+
+IMAGE = "{kind='cnn', channels=[4], width=8}"
+SETTINGS = ["[[peers]]", "name = 'a'", f"model = {IMAGE}", "[[peers]]", "name = 'b'", f"model = {IMAGE}"]
+
+
+def configured(distillation: str, shape: Sequence[int] = (1, 8, 8)) -> Engine:
+    """Build what a configuration says."""
+    model = "\n".join(SETTINGS) if len(shape) > 1 else "\n".join(SETTINGS).replace(IMAGE, "{kind='mlp'}")
+    table = tomllib.loads(f"max_classes = 4\n[distillation]\n{distillation}\n{model}")
+    return build_engine(validate(EngineSettings, table), shape)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "['crop', {kind='transform', name='RandAugment', num_ops=2}]",
+        "[{kind='transform', name='RandomHorizontalFlip'}]",
+    ],
+)
+def test_images_stay_bytes_in_every_view(named: str) -> None:
+    made = configured(f"scheme = 'mutual'\nviews = {named}")
+    x, y = torch.randint(0, 256, (12, 1, 8, 8), dtype=torch.uint8), torch.arange(12) % 4
+    for view in made.cohort.distillation.views:
+        assert view(x).dtype == torch.uint8
+        assert view(x).shape == x.shape
+        assert view(x[:0]).shape == x[:0].shape
+    assert all(isfinite(peer.total) for peer in made.step(Batch(x, y)).peers.values())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_values_of_a_table_are_lost_or_swapped_in_that_share(share: float) -> None:
+    torch.manual_seed(0)
+    x = torch.arange(5_000.0).view(1_000, 5)
+    lost = views.missing(share=share)(x)
+    assert torch.equal(lost[~lost.isnan()], x[~lost.isnan()])
+    assert float(lost.isnan().float().mean()) == pytest.approx(share, abs=0.02)
+    swapped = views.swapped(share=share)(x)
+    assert float((swapped != x).float().mean()) == pytest.approx(share, abs=0.02)
+    for column in range(5):
+        assert set(swapped[:, column].tolist()) <= set(x[:, column].tolist())
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ("['crops']", "distillation.views.0.kind = 'crops': no such part; did you mean crop?"),
+        ("[{kind='crop', least=2.0}]", "distillation.views.0.least = 2.0"),
+        ("['missing']", "distillation.views.0 = {kind = 'missing'}"),
+        ("['crop', {kind='transform', name='RandomCrops'}]", "did you mean RandomCrop?"),
+        (
+            "[{kind='transform', name='RandomCrop', size=4}]",
+            "makes [2, 1, 4, 4] of two records",
+        ),
+    ],
+)
+def test_a_view_that_cannot_be_is_refused_by_name(named: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        configured(f"views = {named}")
