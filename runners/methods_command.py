@@ -11,8 +11,10 @@ from typing import Any
 
 from docstring_parser import parse
 
+from runners.feeds import orders
 from streamkd import (
     adapters,
+    augment,
     capacity,
     drift,
     features,
@@ -68,9 +70,11 @@ FAMILIES = (
     Family("softness", "distillation.per_record", per_record, TAUGHT),
     Family("selectors", "roles.rule", roles, ("costs",)),
     Family("stream classes", "distillation.stream_classes", stream_classes, ("y", "classes")),
-    Family("views", "distillation.views", views),
+    Family("views", "distillation.views, of tables", views),
     Family("detectors", "drift.detector", drift),
     Family("replay", "replay.evict", replay, ("buffer", "n")),
+    Family("augmentations", "inputs.augment; distillation.views, of images", augment),
+    Family("orders", "feed.order, of images", orders),
 )
 
 

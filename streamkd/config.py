@@ -11,7 +11,19 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from streamkd import capacity, drift, losses, models, per_record, replay, roles, schedules, stream_classes, views
+from streamkd import (
+    augment,
+    capacity,
+    drift,
+    losses,
+    models,
+    per_record,
+    replay,
+    roles,
+    schedules,
+    stream_classes,
+    views,
+)
 from streamkd.batch import Output
 from streamkd.cohort import Distillation
 from streamkd.engine import Engine
@@ -26,6 +38,7 @@ from streamkd.roles import Election
 from streamkd.served import Served
 from streamkd.settings import EngineSettings, LossSum, Part, did_you_mean, validate
 from streamkd.tapping import feature_loss, tapped_models
+from streamkd.transforms import chained, is_image, made
 
 RIVER = "river:"
 RESERVED = ("served", "no-change", "majority")
@@ -70,7 +83,7 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
             feature_weight=_schedule(rule.feature_weight, "distillation.feature_weight"),
             gate=rule.gate,
             stream_classes=getattr(stream_classes, rule.stream_classes),
-            views=[_view(part, shape, f"distillation.views.{number}") for number, part in enumerate(rule.views)],
+            views=made(rule.views, augment if is_image(shape) else views, shape, "distillation.views"),
             burn_in=rule.burn_in,
             freeze_after=rule.freeze_after,
             unlabelled=rule.unlabelled,
@@ -91,6 +104,7 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
         pool=_pool(settings),
         pending=Pending(settings.labels.pending_capacity),
         inputs=Standardiser(scaling.clip, scaling.horizon) if scaling.standardise else Raw(),
+        augment=chained(scaling.augment, augment, shape),
         device=device,
         clock=clock,
     )
@@ -153,17 +167,6 @@ def _per_example(part: Part, family: ModuleType, classes: int, key: str) -> loss
             f"{key} = {shown(part)}: gives {found} for a pair of peers and two records; [1, 2] is needed, a value each"
         )
     return loss
-
-
-def _view(part: Part, shape: Sequence[int], key: str) -> views.View:
-    """Return a view, tried on two records, images as bytes."""
-    view: views.View = make(part, views, key)
-    image = len(shape) == len(("channels", "height", "width"))
-    said = tried(lambda: view(torch.zeros(2, *shape, dtype=torch.uint8 if image else torch.float32)), part, key)
-    if not isinstance(said, torch.Tensor) or said.shape != (2, *shape):
-        found = list(said.shape) if isinstance(said, torch.Tensor) else type(said).__name__
-        raise ConfigError(f"{key} = {shown(part)}: makes {found} of two records; {[2, *shape]} is needed")
-    return view
 
 
 def _detector(part: Part) -> drift.DriftDetector:
@@ -253,7 +256,8 @@ def _model(part: Part, shape: Sequence[int], classes: int, key: str) -> Callable
         given = {"shape": tuple(shape), "classes": classes}
         options |= {name: value for name, value in given.items() if name in parameters(factory)}
     else:
-        factory, options = models.torchvision_model, {"name": part.kind, "classes": classes, **options}
+        given = {"name": part.kind, "shape": tuple(shape), "classes": classes}
+        factory, options = models.torchvision_model, {**given, **options}
 
     def build() -> nn.Module:
         module = tried(lambda: factory(**options), part, key)

@@ -57,6 +57,7 @@ class Engine:
         pool: a second opinion, which pools the same members by learned coefficients; none by default.
         pending: predictions that wait for their labels.
         inputs: scaling of the raw inputs, or `Raw()` for none.
+        augment: changes raw inputs a little before they are learned, anew for every update; none by default.
         device: where models and batches are computed.
         clock: reads seconds, for `Report.seconds`; streamkd itself never looks at a clock.
     """
@@ -76,6 +77,7 @@ class Engine:
         pool: Pool | None = None,
         pending: Pending | None = None,
         inputs: Standardiser | Raw | None = None,
+        augment: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str = "cpu",
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
@@ -90,6 +92,7 @@ class Engine:
         self.pool = pool
         self.pending = Pending() if pending is None else pending
         self.inputs = inputs or Standardiser()
+        self.augment = augment
         self.transfer = TransferEfficiency(len(peers))
         self.clock = clock
         self.seen = torch.zeros(classes, dtype=torch.bool)
@@ -299,7 +302,8 @@ class Engine:
         learned = []
         for recalled in self._lessons(memories):
             among = rule.stream_classes(y, len(self._seen))
-            parts = [recalled, Lesson(x, y, _even(x), among=among, views=self._views(raw))]
+            shown = x if self.augment is None else self.inputs(self.augment(raw))
+            parts = [recalled, Lesson(shown, y, _even(x), among=among, views=self._views(raw))]
             if len(untold):
                 mixed, mixed_targets = interpolated(open_x, targets, rule.interpolate)
                 parts.append(Lesson(mixed, untold.y.to(self.device), _even(mixed) * rule.unlabelled, mixed_targets))
@@ -320,10 +324,11 @@ class Engine:
         if not memories or not len(memories[0]):
             return [Lesson(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0)) for _ in memories]
         raw = torch.cat([drawn.x for drawn in memories]).to(self.device)
+        x = self.inputs(raw if self.augment is None else self.augment(raw))
         weights = torch.cat([drawn.weights / len(drawn) for drawn in memories]).to(self.device)
         y = torch.cat([drawn.y for drawn in memories]).to(self.device)
         sizes = [len(drawn) for drawn in memories]
-        lessons = map(Lesson, *(torch.split(column, sizes) for column in (self.inputs(raw), y, weights)))
+        lessons = map(Lesson, *(torch.split(column, sizes) for column in (x, y, weights)))
         if not self.cohort.distillation.views:
             return list(lessons)
         views = zip(*(torch.split(view, sizes) for view in self._views(raw)), strict=True)

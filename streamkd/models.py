@@ -6,11 +6,15 @@ arguments of those names, and returns a `torch.nn.Module` whose output is `[n, c
 
 from collections.abc import Sequence
 from itertools import pairwise
-from math import prod
+from math import gcd, prod
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from streamkd.errors import ConfigError
+
+_IMAGE = ("channels", "height", "width")
 
 
 def mlp(
@@ -48,7 +52,7 @@ def cnn(
         width: of the hidden layer.
         pooled: False leaves the maximum out, and the convolution takes steps of two instead: at a quarter of the cost.
     """
-    if len(shape) != len(("channels", "height", "width")):
+    if len(shape) != len(_IMAGE):
         raise ValueError(f"a cnn takes records of shape [channels, height, width], not {list(shape)}")
     layers: list[nn.Module] = []
     for before, after in pairwise([shape[0], *channels]):
@@ -98,15 +102,70 @@ def vit(
         depth: layers.
         heads: of the attention; they divide `width`.
     """
-    if len(shape) != len(("channels", "height", "width")) or min(shape[1:]) < patch:
+    if len(shape) != len(_IMAGE) or min(shape[1:]) < patch:
         raise ValueError(
             f"a vit takes records of shape [channels, height, width], at least {patch} high and wide, not {list(shape)}"
         )
     return _Transformer(shape, classes, patch=patch, width=width, depth=depth, heads=heads)
 
 
-def torchvision_model(name: str, classes: int, **options: Any) -> nn.Module:
-    """Build any model of `torchvision.models` by its name, untrained unless `weights` says otherwise."""
-    from torchvision.models import get_model  # noqa: PLC0415 - slow to import, and absent on some machines
+def torchvision_model(
+    name: str, shape: Sequence[int], classes: int, *, small: bool = False, norm: str = "batch", **options: Any
+) -> nn.Module:
+    """Build any model of `torchvision.models` by its name, for images of any number of channels.
 
-    return cast("nn.Module", get_model(name, num_classes=classes, **options))
+    Args:
+        name: e.g. `resnet18`.
+        shape: of one record: channels, height, width.
+        classes: width of the logits.
+        small: for images of 32 x 32 or so: the first convolution is 3 x 3 and passes over no pixel, and no maximum
+            follows it (He et al. 2016, on CIFAR).
+        norm: `batch`, or `group` for group norm in its place, 16 channels a group (Wu and He 2018): the batches of a
+            stream are too small and too alike for batch norm.
+        **options: the model's own; it is untrained unless `weights` says otherwise.
+
+    Raises:
+        ConfigError: torchvision is not installed.
+        ValueError: the model cannot be changed as asked for.
+    """
+    try:
+        from torchvision.models import get_model  # noqa: PLC0415 - slow to import, and absent on some machines
+    except ImportError:
+        raise ConfigError(f"model.kind = {name!r}: needs torchvision; pip install torchvision") from None
+    if norm not in {"batch", "group"}:
+        raise ValueError(f"norm = {norm!r}: batch or group")
+    model = cast("nn.Module", get_model(name, num_classes=classes, **options))
+    stem = next((name for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)), "")
+    if len(shape) == len(_IMAGE) and (small or getattr(model.get_submodule(stem), "in_channels", 0) != shape[0]):
+        if options.get("weights") is not None:
+            raise ValueError(f"weights are of a model for 3 channels and large images, not for {list(shape)}, or small")
+        _fit_stem(model, stem, shape[0], small=small)
+    if norm == "group":
+        _group(model)
+    return model
+
+
+def _fit_stem(model: nn.Module, name: str, channels: int, *, small: bool) -> None:
+    """Replace the first convolution by one that takes so many channels; a `small` one passes over no pixel."""
+    stem = cast("nn.Conv2d", model.get_submodule(name))
+    shrinks = small and max(stem.stride) > 1
+    if shrinks and stem.stride == stem.kernel_size:
+        raise ValueError("small: its first convolution cuts the image into patches; vit takes small ones (patch = 4)")
+    how: dict[str, Any] = {"kernel_size": stem.kernel_size, "stride": stem.stride, "padding": stem.padding}
+    if shrinks:
+        how = {"kernel_size": 3, "padding": 1}
+        # Of a maximum that comes right after it, before the next convolution.
+        order = [at for at, layer in model.named_modules() if isinstance(layer, nn.Conv2d | nn.MaxPool2d)]
+        if isinstance(model.get_submodule(order[1]), nn.MaxPool2d):
+            model.set_submodule(order[1], nn.Identity())
+    model.set_submodule(name, nn.Conv2d(channels, stem.out_channels, bias=stem.bias is not None, **how))
+
+
+def _group(model: nn.Module) -> None:
+    """Replace batch norm by group norm."""
+    norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+    if not norms:
+        raise ValueError("norm = 'group': it has no batch norm to replace; leave it out")
+    for name, layer in norms.items():
+        channels = layer.num_features
+        model.set_submodule(name, nn.GroupNorm(channels // gcd(channels, 16), channels))

@@ -73,6 +73,11 @@ def _named(value: Any) -> Any:
 NamedPart = Annotated[Part, BeforeValidator(_named)]
 
 
+def _one_or_more(value: Any) -> Any:
+    """Let one part stand for a list of it."""
+    return [value] if isinstance(value, (str, Mapping)) else value
+
+
 class WeightedPart(Part):
     """One of several parts that are added up."""
 
@@ -190,6 +195,11 @@ class InputSettings(Settings):
     standardise: bool = True
     clip: Factor = 8.0
     horizon: Positive = 100_000
+    augment: Annotated[
+        tuple[NamedPart, ...],
+        BeforeValidator(_one_or_more),
+        Field(description="of images while they are learned, one after the other; anew for every update"),
+    ] = ()
 
 
 class LabelSettings(Settings):
@@ -240,11 +250,9 @@ def complaints(error: ValidationError, prefix: str, model: type[BaseModel] | Non
         key = ".".join(str(part) for part in ([prefix] if prefix else []) + list(problem["loc"]))
         if problem["type"] == "extra_forbidden":
             indices = re.findall(r"\.(\d+)\.", key)
-            known = (
-                [re.sub(r"\.0\.", f".{indices[0]}." if indices else ".0.", name) for name in keys(model)]
-                if model
-                else []
-            )
+            index = f".{indices[0]}." if indices else ".0."
+            named = keys(model, f"{prefix}." if prefix else "") if model else ()
+            known = [re.sub(r"\.0\.", index, name) for name in named]
             yield f"{key}: no such setting{did_you_mean(key, known)}"
         elif problem["type"].startswith("missing"):
             yield f"{key}: missing; set it"

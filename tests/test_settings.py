@@ -8,13 +8,14 @@ import torch
 from test_commands import streamkd
 from torch import nn
 
-from runners.feeds import KINDS
+from runners.feeds import KINDS, orders
 from runners.feeds.files import text_file
 from runners.settings import Configuration, load
 from runners.shipped import shipped
 from streamkd import (
     Output,
     adapters,
+    augment,
     capacity,
     checkpoint,
     drift,
@@ -166,7 +167,7 @@ def test_the_compact_student_is_at_least_ten_times_smaller_than_its_teachers() -
 @pytest.mark.parametrize("name", sorted(shipped()))
 def test_every_shipped_configuration_builds(name: str) -> None:
     configuration = load(name)
-    shape = (3, 32, 32) if any(peer.model.kind == "cnn" for peer in configuration.peers) else (6,)
+    shape = (3, 32, 32) if name in {"images", "npz", "torchvision"} else (6,)
     assert len(build_engine(configuration, shape).cohort) >= 2
     options = {} if configuration.feed is None else configuration.feed.options
     assert not {"name", "model", "optimizer"} & options.keys()  # which are of peers
@@ -275,6 +276,8 @@ FAMILIES: list[tuple[Any, set[str]]] = [
     (drift, {"adwin", "kswin", "page_hinkley", "ddm", "eddm", "hddm_a", "hddm_w", "fhddm", "never"}),
     (replay, {"ring", "lowest", "reservoir"}),
     (roles, {"tested", "mission", "never", "bandit"}),
+    (augment, {"crop", "flip", "erase", "jitter", "rotate", "trivial"}),
+    (orders, {"file", "shuffled", "class_incremental", "domain_incremental"}),
 ]
 
 

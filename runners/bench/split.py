@@ -225,10 +225,9 @@ def go(
     engine = build_engine(configuration, train.shape)
     views = 1 + len(engine.cohort.distillation.views)
     accuracies = np.zeros((len(train.tasks), len(train.tasks)))
-    records = lessons = 0
-    seconds = 0.0
+    size, records, lessons, seconds = configuration.batch, 0, 0, 0.0
     for number, (x, y) in enumerate(train.tasks):
-        for part, labels in zip(x.split(configuration.batch), y.split(configuration.batch), strict=True):
+        for part, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
             before, began = engine.cohort.updates, time.process_time()
             report = engine.step(Batch(part, labels))
             seconds += time.process_time() - began
@@ -243,7 +242,7 @@ def go(
 
 def accuracy(engine: Engine, x: torch.Tensor, y: torch.Tensor) -> float:
     """Return the share of images that the served answer is right on, among all classes met so far."""
-    said = torch.cat([engine.predict(part).argmax(-1) for part in x.split(CHUNK)])
+    said = torch.cat([engine.predict(part).argmax(-1) for part in torch.split(x, CHUNK)])
     return float((said == y).float().mean())
 
 

@@ -25,8 +25,8 @@ REPLAY = {
 """Experience replay (Chaudhry et al. 2019), by two networks: their mean answers, and nobody teaches."""
 
 _CHAIN = (
-    "[{kind='crop', least=0.6}, {kind='transform', name='RandAugment', num_ops=3, magnitude=15}, "
-    "{kind='transform', name='RandAugment', num_ops=3, magnitude=15}]"
+    "[{kind='RandomResizedCrop', scale=[0.6, 1.0]}, {kind='RandAugment', num_ops=3, magnitude=15}, "
+    "{kind='RandAugment', num_ops=3, magnitude=15}]"
 )
 """As published, without mirroring: of a digit or a letter that makes another one."""
 _PRESENT = {"distillation.stream_classes": "present"}

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from runners.feeds import REASONS, DeadLetter, Feed
 from streamkd.batch import Batch
@@ -40,6 +40,10 @@ MOST_HELD = 6_000_000
 Row = Mapping[str, object]
 
 
+def _first_column(x: Tensor) -> list[int]:
+    return [int(value) for value in x[:, 0]]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stand:
     """A source, and what can be done to it.
@@ -53,6 +57,7 @@ class Stand:
         forget: takes so many of the oldest records away; None: it keeps all.
         empty: makes another source of the same name, without any record; None: it cannot.
         follows: whether the feed waits at the end for more.
+        numbers: reads the number `a` of each record out of its `x`.
     """
 
     open: Callable[..., Feed]
@@ -63,6 +68,7 @@ class Stand:
     forget: Callable[[int], None] | None = None
     empty: Callable[[], None] | None = None
     follows: bool = True
+    numbers: Callable[[Tensor], list[int]] = _first_column
 
 
 Law = Callable[[Stand], None]
@@ -78,7 +84,7 @@ def records_come_in_order_and_once(stand: Stand) -> None:
     stand.publish(rows(0, 700))
     with _opened(stand, **_ending(stand)) as feed:
         batches = _drained(feed)
-        _hold(_numbers(batches) == list(range(700)), "records come in order, each of them once")
+        _hold(_numbers(stand, batches) == list(range(700)), "records come in order, each of them once")
         _hold([y for batch in batches for y in batch.y.tolist()] == [n % 3 for n in range(700)], "with their labels")
         _hold([name for batch in batches for name in batch.ids] == [f"r{n}" for n in range(700)], "and with their ids")
         _hold(all(len(batch) == AT_ONCE for batch in batches), "as many as were asked for, while there are so many")
@@ -104,7 +110,9 @@ def what_is_not_committed_comes_again(stand: Stand) -> None:
         feed.commit(batches[1].position)
     with _opened(stand) as feed:
         again = _until(feed, 60 - 14)
-        _hold(sorted(_numbers(again)) == list(range(14, 60)), "all that was not committed comes again, and no more")
+        _hold(
+            sorted(_numbers(stand, again)) == list(range(14, 60)), "all that was not committed comes again, and no more"
+        )
         feed.commit(again[-1].position)
     with _opened(stand) as feed:
         _hold(not len(feed.poll(AT_ONCE) or ()), "and what was committed does not")
@@ -117,7 +125,7 @@ def a_record_that_cannot_be_used_is_refused_and_the_others_come(stand: Stand) ->
     stand.publish(rows(5, 10))
     refused: list[DeadLetter] = []
     with _opened(stand, refuse=refused.append, **_ending(stand)) as feed:
-        _hold(_numbers(_drained(feed)) == list(range(10)), "all records but the spoilt one come")
+        _hold(_numbers(stand, _drained(feed)) == list(range(10)), "all records but the spoilt one come")
         _hold(len(refused) == 1, "the spoilt one is refused, once")
         _hold(refused[0].reason in REASONS and bool(refused[0].detail), "with a reason")
         _hold(bool(refused[0].raw) and bool(refused[0].place), "with its bytes and its place")
@@ -137,7 +145,7 @@ def a_feed_that_has_nothing_waits_and_goes_on(stand: Stand) -> None:
             _hold(batch is not None and batch.position == before[-1].position, "and the position stays")
         _hold(time.monotonic() - began < 5 * PROMPT, "a poll waits no longer than a moment")
         stand.publish(rows(20, 40))
-        _hold(_numbers(_until(feed, 20)) == list(range(20, 40)), "then what was published comes")
+        _hold(_numbers(stand, _until(feed, 20)) == list(range(20, 40)), "then what was published comes")
 
 
 def a_source_that_is_down_at_start_is_told(stand: Stand) -> None:
@@ -177,7 +185,7 @@ def a_source_that_goes_away_is_waited_for_and_nothing_is_lost(stand: Stand) -> N
         stand.publish(rows(1_300, 1_320))
         given += _until(feed, 1_320 - sum(map(len, given)))
         _hold(feed.connected, "the feed says that it is connected again")
-        _hold(_numbers(given) == list(range(1_320)), "and every record has come, once and in order")
+        _hold(_numbers(stand, given) == list(range(1_320)), "and every record has come, once and in order")
 
 
 def lost_positions_are_dealt_with_as_configured(stand: Stand) -> None:
@@ -193,13 +201,13 @@ def lost_positions_are_dealt_with_as_configured(stand: Stand) -> None:
     _refuses(stand, position)
     with _opened(stand, on_position_lost="earliest") as feed:
         feed.seek(position)
-        _hold(_numbers(_until(feed, 20)) == list(range(20, 40)), "earliest: what is still there comes")
+        _hold(_numbers(stand, _until(feed, 20)) == list(range(20, 40)), "earliest: what is still there comes")
         _hold(dict(feed.resets) == {"trimmed": 1}, "and the reset is counted")
     with _opened(stand, on_position_lost="latest") as feed:
         feed.seek(position)
         _hold(not len(feed.poll(AT_ONCE) or ()), "latest: nothing old comes")
         stand.publish(rows(40, 50))
-        _hold(_numbers(_until(feed, 10)) == list(range(40, 50)), "and all that is new")
+        _hold(_numbers(stand, _until(feed, 10)) == list(range(40, 50)), "and all that is new")
         _hold(dict(feed.resets) == {"trimmed": 1}, "and the reset is counted, likewise")
 
 
@@ -211,9 +219,9 @@ def records_lost_while_they_are_read_are_noticed(stand: Stand) -> None:
     with _opened(stand, on_position_lost="earliest") as feed:
         batches = [_next(feed)]
         stand.forget(1_500)
-        while _numbers(batches[-1:])[-1] < LAST:
+        while _numbers(stand, batches[-1:])[-1] < LAST:
             batches.append(_next(feed))
-        numbers = _numbers(batches)
+        numbers = _numbers(stand, batches)
         _hold(numbers == sorted(set(numbers)) and set(range(1_500, LAST)) <= set(numbers), "what is left comes")
         _hold(dict(feed.resets) == {"trimmed": 1}, "and what is gone is counted as a reset")
 
@@ -232,7 +240,10 @@ def another_source_of_the_same_name_is_told_from_the_first(stand: Stand) -> None
     _refuses(stand, position)
     with _opened(stand, on_position_lost="earliest") as feed:
         feed.seek(position)
-        _hold(_numbers(_until(feed, 10)) == list(range(100, 110)), "earliest: the new source is read from its start")
+        _hold(
+            _numbers(stand, _until(feed, 10)) == list(range(100, 110)),
+            "earliest: the new source is read from its start",
+        )
         _hold(dict(feed.resets) == {"recreated": 1}, "and the reset is counted")
 
 
@@ -343,9 +354,8 @@ def _until(feed: Feed, records: int) -> list[Batch]:
     return batches
 
 
-def _numbers(batches: Sequence[Batch]) -> list[int]:
-    values = torch.cat([batch.x[:, 0] for batch in batches]) if batches else torch.zeros(0)
-    return [int(value) for value in values]
+def _numbers(stand: Stand, batches: Sequence[Batch]) -> list[int]:
+    return [number for batch in batches for number in stand.numbers(batch.x)]
 
 
 def _hold(holds: bool, law: str) -> None:  # noqa: FBT001 - reads as a sentence

@@ -108,7 +108,7 @@ def arrays(path: Path, *, x: str, y: str, id: str, channels: Channels, shape: Se
     """
     at = f"feed.path = {str(path)!r}"
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             names = list(held)
             names_of = {
                 "x": _array_name(x, "x", USUAL_X, names),

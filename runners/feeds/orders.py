@@ -22,7 +22,7 @@ GROUPS, RECORDS, PIXELS = range(3)
 """What a seed is used for: each draws from a generator of its own, so that groups do not hang on the records."""
 
 
-def plain(image: Image, task: int) -> Image:  # noqa: ARG001 - a view
+def _plain(image: Image, task: int) -> Image:  # noqa: ARG001 - a view
     """Return the image as it is."""
     return image
 
@@ -43,7 +43,7 @@ class Order:
     tasks: Integers
     labels: Integers
     classes: tuple[str, ...]
-    view: View = plain
+    view: View = _plain
 
     def task_of(self, place: int) -> int:
         """Return the task that is under way when `place` records have come."""
