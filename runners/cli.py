@@ -380,6 +380,29 @@ def split(
 
 
 @bench.command
+def published(
+    *data: Path,
+    label: Label = None,
+    batch: Batch = 16,
+    seed: Seeds = (0, 1, 2),
+    records: Records = None,
+    json: Json = None,
+) -> None:
+    """Measure the rows of the articles' ablation, by their rules and by ours: is each better than the one before?
+
+    Tables are learned as they come, images in five tasks of classes.
+
+    Parameters
+    ----------
+    data
+        CSV, JSON lines, or .npz with arrays for testing; a made-up stream that drifts, if none is named.
+    """
+    from runners.bench.published import main as runner
+
+    runner(data, label=label, batch=batch, seeds=seed, records=records, json_to=json)
+
+
+@bench.command
 def feeds(
     data: Path,
     *,

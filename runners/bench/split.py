@@ -17,9 +17,10 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from runners.bench.learners import OURS
 from runners.bench.rivals import made, percent, spread
 from runners.bench.rows import Row
-from runners.bench.split_rows import OURS, rows
+from runners.bench.split_rows import rows
 from runners.eval_command import check_targets, write_json
 from runners.feeds.images import ImageFeed
 from runners.session import prepare_torch
@@ -31,6 +32,8 @@ from streamkd.errors import ConfigError
 
 TESTED_X, TESTED_Y = ("x_test", "X_test", "test_images"), ("y_test", "Y_test", "test_labels")
 """Arrays for testing, by their usual names."""
+PEERS, CHANNELS = 2, [8, 16]
+"""Networks in every row, and what they are narrowed to, so that all rows are done in minutes on one core."""
 CHUNK = 500
 """Test records asked at a time."""
 
@@ -152,7 +155,8 @@ class Settings:
         Raises:
             ConfigError: a setting does not fit.
         """
-        alike = {"batch": self.batch, "replay.capacity": self.memory, "replay.records": self.drawn}
+        alike: dict[str, Any] = {"batch": self.batch, "replay.capacity": self.memory, "replay.records": self.drawn}
+        alike |= {f"peers.{index}.model.channels": CHANNELS for index in range(PEERS)}
         return load(row.source, row.overrides, {**alike, "max_classes": classes, "seed": seed, "threads": 1})
 
 
@@ -251,7 +255,8 @@ def table(source: Source, done: Mapping[Row, Sequence[Pass]], settings: Settings
     first = next(iter(done.values()))[0]
     caption = (
         f"{first.records:,} images in {source.tasks} tasks, each once, in batches of {settings.batch}; "
-        f"{settings.memory:,} remembered, {settings.drawn} drawn for each update; tested on {int(first.sizes.sum()):,}"
+        f"{settings.memory:,} remembered, {settings.drawn} drawn an update; tested on {int(first.sizes.sum()):,}; "
+        f"{PEERS} networks of {' and '.join(map(str, CHANNELS))} channels"
     )
     if len(seeds) > 1:
         caption += f"; mean and standard deviation of seeds {', '.join(map(str, seeds))}"
@@ -285,7 +290,7 @@ def table(source: Source, done: Mapping[Row, Sequence[Pass]], settings: Settings
             f"{mean(one.updates for one in passes):,.0f}",
             f"{mean(one.lessons / one.records for one in passes):.1f}",
             f"{1e3 * mean(one.seconds / one.records for one in passes):.2f}",
-            style="bold" if row.group == OURS else "",
+            style="bold" if row.name == OURS else "",
             end_section=following is None or following.group != row.group,
         )
     return shown
