@@ -127,7 +127,8 @@ def evaluate(
     config
         A TOML file, or the name of a shipped configuration.
     data
-        CSV or JSON lines, plain or gzip.
+        CSV or JSON lines, plain or gzip; Parquet or Arrow; images in an .npz file, or in a folder with a sub-folder a
+        class.
     """
     from runners.eval_command import main as runner
 

@@ -37,7 +37,7 @@ def known() -> dict[str, Any]:
     try:
         from torchvision.transforms import v2  # noqa: PLC0415 - slow to import, and absent on some machines
     except ImportError:
-        raise ConfigError("transforms of images need torchvision; pip install torchvision") from None
+        raise ConfigError("a transform of images needs torchvision; pip install torchvision") from None
     return {
         name: value for name, value in vars(v2).items() if isinstance(value, type) and issubclass(value, v2.Transform)
     }

@@ -18,6 +18,7 @@ from pyarrow import feather, parquet
 from test_commands import streamkd
 from worlds import stored
 
+from runners.bench.kill import RECORDS, kill_loop
 from runners.feeds import DeadLetter
 from runners.feeds.conformance import CLASSES, LAWS, Law, Row, Stand
 from runners.feeds.images import ImageFeed, image_folder, npz, torchvision
@@ -239,10 +240,13 @@ def test_images_of_all_sizes_and_modes_are_made_alike(tmp_path: Path) -> None:
     Image.fromarray(pictures(1, 20, 30)[0]).save(path / "a" / "gray.jpg")
     Image.new("RGBA", (3, 3)).save(path / "b" / "see-through.webp")
     Image.new("P", (3, 9)).save(path / "c" / "palette.gif")
+    Image.fromarray(np.full((6, 5), 32_768, dtype=np.uint16)).save(path / "c" / "zz.png")
     for options, shape in (({}, (3, 6, 5)), ({"size": (8, 8), "channels": 1}, (1, 8, 8))):
         feed = image_folder(path, refuse=nobody, **options, **COMMON)
         assert feed.shape == shape
-        assert sum(len(batch) for batch in drained(feed)) == 6
+        batches = drained(feed)
+        assert sum(len(batch) for batch in batches) == 7
+        assert batches[-1].x[-1].unique().tolist() == [128]
 
 
 @pytest.mark.parametrize(
@@ -280,6 +284,27 @@ def test_lists_of_pixels_in_a_column_come_in_their_shape(tmp_path: Path) -> None
         table_file(tmp_path / "d.parquet", **{**given, "image": "pixel"})
 
 
+@pytest.mark.parametrize(
+    ("labels", "classes", "y"),
+    [
+        ([2, None, 10], ["2", "10"], [0, UNLABELLED, 1]),
+        ([2.0, 1.0, 2.0], ["1", "2"], [1, 0, 1]),
+        ([True, False, True], ["False", "True"], [1, 0, 1]),
+        ([b"b", b"a", b"b"], ["a", "b"], [1, 0, 1]),
+        ([["a"], ["a", "b"], ["a"]], ["['a', 'b']", "['a']"], [1, 0, 1]),
+    ],
+)
+def test_labels_of_a_table_are_what_is_written(
+    labels: list[Any], classes: list[str], y: list[int], tmp_path: Path
+) -> None:
+    images = [encoded(image) for image in pictures(3, 3, 3)]
+    parquet.write_table(pa.table({"image": images, "label": labels}), tmp_path / "d.parquet")
+    options: dict[str, Any] = {"kind": "parquet", "image": "image", "label": "label", "refuse": nobody}
+    feed = table_file(tmp_path / "d.parquet", **options, **COMMON)
+    assert feed.describe()["classes"] == classes
+    assert [label for batch in drained(feed) for label in batch.y.tolist()] == y  # type: ignore[arg-type]
+
+
 def test_a_dataset_of_torchvision_comes_as_it_is() -> None:
     arguments = {"size": 9, "image_size": [3, 8, 7], "num_classes": 3}
     feed = torchvision("FakeData", arguments=arguments, refuse=nobody, **COMMON)
@@ -309,6 +334,29 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("images") / "d.npz"
     np.savez(path, x=pictures(60, 4, 4), y=np.arange(60) % 5)
     return path
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_where_an_unbroken_one_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all that draws: an order, a reservoir, augmentations."""
+    monkeypatch.chdir(tmp_path)
+    y = np.arange(RECORDS) % 4
+    x = pictures(RECORDS, 8, 8) // 4
+    for image, label in zip(x, y, strict=True):
+        image[2 * label : 2 * label + 2] += 150
+    np.savez("set.npz", x=x, y=y)
+    net = "={kind='cnn', channels=[4], width=8}"
+    outcome = kill_loop(
+        "images",
+        6,
+        seed=3,
+        feed=[
+            *("feed.kind=npz", "feed.path=set.npz", "feed.order={kind='class_incremental', tasks=2}", "max_classes=4"),
+            *("inputs.augment=['crop', 'flip', 'RandomErasing']", f"peers.0.model{net}", f"peers.1.model{net}"),
+        ],
+    )
+    assert outcome.resumed > 2
+    assert outcome.equal == outcome.ends >= 1
 
 
 ORDERS = ["file", "shuffled", "class_incremental", "domain_incremental"]
@@ -364,10 +412,26 @@ def test_an_image_stays_bytes_in_memory_in_what_waits_and_in_checkpoints(name: s
     engine = build_engine(configuration, feed.shape)
     while (batch := feed.poll(16)) is not None:
         engine.step(batch)
+        waiting = engine.pending.state_dict()["answers"]
+        assert waiting is None or waiting["x"].dtype == torch.uint8
     state = stored(engine.state_dict())
     assert state["replay"]["x"].dtype == torch.uint8
     assert len(state["replay"]["x"]) == 60
     assert engine.replay.sample(4).x.dtype == torch.uint8
+
+
+def test_classes_are_seen_task_by_task_and_keep_their_numbers(small: Path) -> None:
+    configuration = load(
+        "npz", [f"feed.path={small}", "feed.order={kind='class_incremental', tasks=3}", "max_classes=5"]
+    )
+    feed = configuration.open_feed(nobody)
+    engine = build_engine(configuration, feed.shape)
+    seen = []
+    while (batch := feed.poll(12)) is not None:
+        engine.step(batch)
+        seen.append(int(engine.seen.sum()))
+    assert seen == [2, 2, 4, 4, 5]
+    assert feed.describe()["classes"] == list("01234")
 
 
 def test_a_set_is_evaluated_checked_run_and_inspected_by_its_name_alone(

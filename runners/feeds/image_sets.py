@@ -4,7 +4,7 @@ A set gives each image as `[channels, height, width]` bytes; what cannot be read
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -256,7 +256,8 @@ class Fitted:
 
         try:
             if isinstance(image, bytes):
-                return ImageOps.exif_transpose(Pillow.open(BytesIO(image)))
+                picture = ImageOps.exif_transpose(Pillow.open(BytesIO(image)))
+                return _in_bytes(picture) if picture.mode.startswith("I") else picture
             if isinstance(image, Pillow.Image):
                 return image
             pixels, _ = as_pixels(np.asarray(image)[None], "feed.dataset")
@@ -264,6 +265,13 @@ class Fitted:
             return Pillow.fromarray(planes[0] if len(planes) == 1 else np.moveaxis(planes, 0, 2))
         except Exception as error:  # noqa: BLE001 - as above
             raise _unreadable(error) from None
+
+
+def _in_bytes(picture: Any) -> Any:
+    """Return the upper eight bits of the sixteen of a gray image; Pillow would take all that is brighter for white."""
+    from PIL import Image as Pillow  # noqa: PLC0415 - for images only
+
+    return Pillow.fromarray((np.asarray(picture).clip(0, 65_535) >> 8).astype(np.uint8))
 
 
 def _unreadable(error: Exception) -> RefusedError:
@@ -293,7 +301,8 @@ class Encoded:
         about: Mapping[str, Any],
     ) -> None:
         self.labels, self.classes, self.ids, self.about = labels, classes, ids, about
-        self._fetch, self._fitted, self._names = fetch, fitted, names
+        self._fetch = lru_cache(maxsize=1)(fetch)  # what is read as an image is then asked for as it came
+        self._fitted, self._names = fitted, names
         fitted.look(map(partial(partial, self._got), range(len(labels))), where)
         self.shape = fitted.shape
 
@@ -395,8 +404,17 @@ def _targets(data: Any) -> Labels:
     for name in ("targets", "labels", "_labels"):
         held = getattr(data, name, None)
         if held is not None and len(held) == len(data):
-            return np.asarray(held)
-    return np.array([data[index][1] for index in range(len(data))])
+            return single(held)
+    return single([data[index][1] for index in range(len(data))])
+
+
+def single(values: Any) -> Labels:
+    """Return labels as an array `[n]`, those that are neither numbers nor text as text; empty where there is none."""
+    labels = [value.item() if hasattr(value, "item") and np.size(value) == 1 else value for value in values]
+    plain = (bool, int, float, str, bytes)
+    if all(type(label) is type(labels[0]) and isinstance(label, plain) for label in labels):
+        return np.array(labels)
+    return np.array(["" if label is None else str(label) for label in labels])
 
 
 def columns(
@@ -430,7 +448,7 @@ def columns(
     except (OSError, ValueError) as error:  # of which Arrow's own errors are
         raise FeedError(f"{at}: {reason(error)}; check the path") from None
     held = table[image]
-    labels = np.array(["" if value is None else value for value in table[label].to_pylist()])
+    labels = single(table[label].to_pylist())
     about = {"path": str(path), "image": image, "label": label}
     ids = [str(name) for name in table[id].to_pylist()] if id else []
     types = pyarrow.types

@@ -86,6 +86,7 @@ class ImageFeed:
         """Return the next usable images, up to `records`; None at the end."""
         found: list[orders.Image] = []
         rows: list[int] = []
+        raw: list[bytes] = []
         refused = 0
         if self._place == len(self.order.indices):
             return None
@@ -94,6 +95,7 @@ class ImageFeed:
             try:
                 found.append(self._read(index))
                 rows.append(index)
+                raw.append(self._images.raw(index))
             except RefusedError as error:
                 place = {"place": self._place, **self._images.place(index)}
                 self._refuse(DeadLetter(error.reason, error.detail, self._images.raw(index), place))
@@ -105,7 +107,7 @@ class ImageFeed:
             torch.from_numpy(self.order.labels[rows]),
             ids=tuple(self._images.ids[index] for index in rows) if self._images.ids else (),
             position=self.position(),
-            raw=tuple(map(self._images.raw, rows)),
+            raw=tuple(raw),
         )
 
     def _read(self, index: int) -> orders.Image:
