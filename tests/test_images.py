@@ -189,6 +189,7 @@ def test_rows_of_pixels_need_a_shape(tmp_path: Path) -> None:
             {"order": {"kind": "class_incremental", "tasks": 0}},
             r"feed\.order\.tasks = 0",
         ),
+        ({"x": pictures(3, 4, 4), "y": [0, 1, 2]}, {"label": "y"}, r"feed\.label = 'y': .*leave it out.*feed\.y"),
         ({"x": pictures(3, 4, 4), "y": [0, 1, 2]}, {"ordr": "file"}, r"feed\.ordr: no such setting; did you mean"),
     ],
 )

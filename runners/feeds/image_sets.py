@@ -345,7 +345,7 @@ def folder(path: Path, fitted: Fitted) -> Encoded:
         raise FeedError(f"{at}: cannot be read: {error.strerror or error}; name a folder of images") from None
     if not classes:
         raise ConfigError(f"{at}: has no sub-folder; put the images of each class into one that is named after it")
-    known = Pillow.registered_extensions()
+    known = {suffix for suffix, kind in Pillow.registered_extensions().items() if kind in Pillow.OPEN}
     files = [file for name in classes for file in sorted((path / name).rglob("*")) if file.is_file()]
     images = [file for file in files if file.suffix.lower() in known and not file.name.startswith(".")]
     if not images:
@@ -427,7 +427,7 @@ def columns(
     shape: Sequence[int],
     fitted: Fitted,
 ) -> ImageSet:
-    """Open a table of which a column holds images.
+    """Open a table of which a column holds images; the column is held in memory, as it is encoded.
 
     Raises:
         FeedError: it cannot be read.

@@ -261,7 +261,7 @@ def npz(
         FeedError: the file cannot be read.
         ConfigError: an array is not there or not of images, or a setting does not fit.
     """
-    settings = validate(Telling, options, "feed")
+    settings = _telling(options)
     images = arrays(path, x=x, y=y, id=id, channels=channels, shape=shape)
     return told(images, settings, kind="npz", max_classes=max_classes, refuse=refuse)
 
@@ -283,7 +283,7 @@ def image_folder(
         FeedError: the folder cannot be read, or there is no image in it.
         ConfigError: there is no sub-folder, or a setting does not fit.
     """
-    settings = validate(Telling, options, "feed")
+    settings = _telling(options)
     images = folder(path, _fitted(size, channels))
     return told(images, settings, kind="images", max_classes=max_classes, refuse=refuse)
 
@@ -315,7 +315,7 @@ def torchvision(
         FeedError: it is not there.
         ConfigError: there is no such dataset, or a setting does not fit.
     """
-    settings = validate(Telling, options, "feed")
+    settings = _telling(options)
     images = dataset_of(dataset, root, dict(arguments or {}), _fitted(size, channels))
     return told(images, settings, kind="torchvision", max_classes=max_classes, refuse=refuse)
 
@@ -353,9 +353,17 @@ def image_column(
         FeedError: it cannot be read.
         ConfigError: a column is not there or not of images, or a setting does not fit.
     """
-    settings = validate(Telling, options, "feed")
+    settings = _telling(options)
     images = columns(path, kind, image=image, label=label, id=id, shape=shape, fitted=_fitted(size, channels))
     return told(images, settings, kind=kind, max_classes=max_classes, refuse=refuse)
+
+
+def _telling(options: Mapping[str, Any]) -> Telling:
+    if "label" in options:
+        raise ConfigError(
+            f"feed.label = {options['label']!r}: leave it out; of an .npz file, name the array of labels in feed.y"
+        )
+    return validate(Telling, options, "feed")
 
 
 def _fitted(size: Sequence[int], channels: int) -> Fitted:
