@@ -417,6 +417,70 @@ def ablation(
 
 
 @bench.command
+def split(
+    data: Path | None = None,
+    *,
+    dataset: Annotated[
+        str | None, Parameter(help="Of torchvision, instead of a file; it must be there already.")
+    ] = None,
+    root: Annotated[Path, Parameter(help="Folder in which that dataset lies.")] = Path("data"),
+    tasks: Annotated[int, Parameter(validator=Number(gte=2), help="Groups that the classes come in.")] = 5,
+    records: Annotated[int | None, Parameter(validator=Number(gte=1), help="Of each task; all, unless set.")] = None,
+    batch: Batch = 10,
+    memory: Annotated[int, Parameter(validator=Number(gte=1), help="Images remembered.")] = 1_000,
+    drawn: Annotated[int, Parameter(validator=Number(gte=1), help="Of them, drawn for each update.")] = 64,
+    seed: Seeds = (0, 1, 2),
+    json: Json = None,
+) -> None:
+    """Learn classes that come task after task, once, without being told; say what is left of them at the end.
+
+    Experience replay, deep mutual learning, averaged teachers, ER-ACE, CCL-DC and the shipped `images`, with the same
+    networks, memory and draws; passes over what is learned are counted.
+
+    Parameters
+    ----------
+    data
+        An .npz file with arrays x_train, y_train, x_test and y_test, or X, y, X_test and y_test.
+    """
+    from runners.bench.split import Settings, main
+
+    settings = Settings(batch, memory, drawn)
+    main(
+        data,
+        dataset=dataset,
+        root=root,
+        tasks=tasks,
+        records=records,
+        settings=settings,
+        seeds=seed,
+        json_to=json,
+    )
+
+
+@bench.command
+def published(
+    *data: Path,
+    label: Label = None,
+    batch: Batch = 16,
+    seed: Seeds = (0, 1, 2),
+    records: Records = None,
+    json: Json = None,
+) -> None:
+    """Measure the rows of the articles' ablation, by their rules and by ours: is each better than the one before?
+
+    Tables are learned as they come, images in five tasks of classes.
+
+    Parameters
+    ----------
+    data
+        CSV, JSON lines, or .npz with arrays for testing; a made-up stream that drifts, if none is named.
+    """
+    from runners.bench.published import main as runner
+
+    runner(data, label=label, batch=batch, seeds=seed, records=records, json_to=json)
+
+
+@bench.command
 def feeds(
     data: Path,
     *,

@@ -12,7 +12,21 @@ from typing import Any
 from docstring_parser import parse
 
 from runners.feeds import orders
-from streamkd import adapters, augment, capacity, drift, features, losses, per_record, replay, roles, schedules
+from streamkd import (
+    adapters,
+    augment,
+    capacity,
+    drift,
+    features,
+    losses,
+    per_record,
+    replay,
+    roles,
+    schedules,
+    schemes,
+    stream_classes,
+    views,
+)
 from streamkd.errors import ConfigError
 from streamkd.parts import public_functions
 from streamkd.settings import did_you_mean
@@ -47,6 +61,7 @@ class Family:
 
 TAUGHT = ("student", "teacher", "y", "temperature")
 FAMILIES = (
+    Family("schemes", "distillation.scheme", schemes, ("peers", "teacher")),
     Family("losses", "distillation.loss", losses, TAUGHT),
     Family("feature losses", "distillation.features", features, ("student", "teacher")),
     Family("adapters", "distillation.features.adapter", adapters, ("student", "teacher")),
@@ -54,9 +69,11 @@ FAMILIES = (
     Family("capacities", "distillation.capacity", capacity),
     Family("softness", "distillation.per_record", per_record, TAUGHT),
     Family("selectors", "roles.rule", roles, ("costs",)),
+    Family("stream classes", "distillation.stream_classes", stream_classes, ("y", "classes")),
+    Family("views", "distillation.views, of tables", views),
     Family("detectors", "drift.detector", drift),
     Family("replay", "replay.evict", replay, ("buffer", "n")),
-    Family("augmentations", "inputs.augment", augment),
+    Family("augmentations", "inputs.augment; distillation.views, of images", augment),
     Family("orders", "feed.order, of images", orders),
 )
 

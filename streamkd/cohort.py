@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from streamkd import schemes, stream_classes
 from streamkd.batch import Output, labelled
 from streamkd.capacity import Capacity
 from streamkd.faults import at_fault
@@ -23,6 +24,7 @@ from streamkd.report import SERVED
 from streamkd.river_peer import RiverPeer
 from streamkd.schedules import Curriculum, Schedule, Signals, competence, constant, loss_driven
 from streamkd.stack import grouped
+from streamkd.views import View
 
 STUCK = 8
 """Updates in a row without a finite gradient after which a peer is rolled back, or restarted."""
@@ -37,10 +39,7 @@ class Distillation:
     """How peers teach one another.
 
     Attributes:
-        scheme: who teaches whom. `leader`: the teacher in office teaches all others and listens to nobody; `mutual`:
-            every peer learns from every other (Zhang et al. 2018); `ensemble`: all learn from the served answer;
-            `average`: from the averaged weights of the others (Wu and Gong 2021); `static`: from a teacher that stops
-            learning after `freeze_after` updates; `none`.
+        scheme: who teaches whom: the name of one of the functions of `schemes`.
         loss: what a student learns, per example.
         temperature: a schedule, a value a student.
         per_record: from that to a value a record, of the functions of `per_record`; None for all alike.
@@ -54,6 +53,12 @@ class Distillation:
         gate: `better` drops a lesson on records where the teacher is not closer to the label than the student; `soft`
             weighs it by 2 sigmoid(2 (CE_student - CE_teacher)); `open` takes every lesson.
         cap: on no record may the distillation's gradient at the logits outweigh the label's.
+        stream_classes: among which classes the labels of a batch are told apart: one of the functions of
+            `stream_classes`.
+        views: each makes, of raw inputs `[n, ...]`, harder ones. The first is given the records, every other what the
+            one before it made; all these views are learned, and what a student learns on each is what its teacher
+            says of the next harder one, of the hardest on itself (the distillation chain of Wang et al. 2024, there
+            between two peers; what weighs there by the sum over views does here by their mean). None: no views.
         burn_in: updates before any distillation.
         freeze_after: for `static`, in updates.
         unlabelled: the weight of records that will never have a label: beside records that have one, all peers learn
@@ -77,6 +82,8 @@ class Distillation:
     feature_weight: Schedule = field(default_factory=lambda: constant(1.0))
     gate: str = "better"
     cap: bool = True
+    stream_classes: Callable[[Tensor, int], Tensor | None] = stream_classes.seen
+    views: Sequence[View] = ()
     burn_in: int = 10
     freeze_after: int = 1_000
     unlabelled: float = 1.0
@@ -232,15 +239,19 @@ class Cohort:
 
     def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Bring every peer its gradient, clipped; take no step yet."""
+        asked, lesson = lesson, lesson.unrolled()
         logits = self._in_order([group.learn(lesson.x) for group in self.groups])
         rest = (0, logits.shape[-1] - len(seen))
         leaf = mask_unseen(logits[..., : len(seen)], seen)
-        hard, gradient, p = labels_loss(leaf, lesson.y)
+        hard, gradient, p = labels_loss(_among(leaf, lesson.among), lesson.y)
         rule = self._lessons = self._lessons or self._prepare(leaf)
         gradient = gradient * rule.betas[..., None]
         soft = divergence = torch.zeros_like(hard)
         if rule.teach:
-            soft, divergence, soft_gradient = self._distil(leaf, hard, lesson, rule, seen=seen, weights=weights)
+            harder = asked.harder() if asked.views else None
+            soft, divergence, soft_gradient = self._distil(
+                leaf, hard, lesson, rule, seen=seen, weights=weights, harder=harder
+            )
             if self.distillation.cap:  # cut to the length of the label's gradient, record by record
                 room = gradient.norm(dim=-1) / soft_gradient.norm(dim=-1).clamp(min=1e-12)
                 soft_gradient = soft_gradient * room.clamp(max=1.0)[..., None]
@@ -264,7 +275,12 @@ class Cohort:
         if self.capacity is not None and self.capacity.online:
             self.capacity.update(p, lesson.y, self._features())
             self.capacities = list(self.capacity.values)
-        return Learned(lesson, hard.mean(0), hard, soft, divergence, leaf.argmax(-1), rule.betas, norms)
+        answers = leaf.argmax(-1)
+        if asked.views:  # what is told of an example is the mean over its views; its answer, that to it as it came
+            shape = (1 + len(asked.views), len(asked))
+            hard, soft, divergence = (told.reshape(len(told), *shape).mean(1) for told in (hard, soft, divergence))
+            answers = answers[:, : len(asked)]
+        return Learned(asked, hard.mean(0), hard, soft, divergence, answers, rule.betas, norms)
 
     def _without_faulty(self, lesson: Lesson, learned: Learned, backward: Callable[[Lesson], Learned]) -> Learned:
         """Leave out the examples that are at fault, and bring the gradient of the others."""
@@ -292,23 +308,9 @@ class Cohort:
             group.discard()
 
     def pairs(self, teacher: int) -> list[tuple[int, int]]:
-        """Return who teaches whom, as (source, student).
-
-        Sources 0 to P - 1 are the peers, P to 2 P - 1 their averages, and 2 P is the served answer.
-        """
-        size = len(self)
-        others = [(i, j) for i in range(size) for j in range(size) if i != j]
-        match self.distillation.scheme:
-            case "leader" | "static":
-                return [(i, j) for i, j in others if i == teacher]
-            case "mutual":
-                return others
-            case "average":
-                return [(size + i, j) for i, j in others]
-            case "ensemble":
-                return [(2 * size, j) for j in range(size)]
-            case _:
-                return []
+        """Return who teaches whom, as (source, student); see `schemes`."""
+        scheme: Callable[[int, int], schemes.Pairs] = getattr(schemes, self.distillation.scheme)
+        return scheme(len(self), teacher)
 
     def source_name(self, source: int) -> str:
         """Return the name of a source of `pairs`."""
@@ -326,10 +328,20 @@ class Cohort:
         return _Lessons(like.new_tensor(self.betas)[:, None], any(alphas), *self._pairs[1:], *values)
 
     def _distil(
-        self, logits: Tensor, hard: Tensor, lesson: Lesson, rule: "_Lessons", *, seen: Tensor, weights: Tensor
+        self,
+        logits: Tensor,
+        hard: Tensor,
+        lesson: Lesson,
+        rule: "_Lessons",
+        *,
+        seen: Tensor,
+        weights: Tensor,
+        harder: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Weighted and plain distillation loss `[peers, m]`, and its gradient at the logits `[peers, m, classes]`."""
         taught, charged = self._taught(logits, hard, lesson, rule, seen=seen, weights=weights)
+        if harder is not None:
+            taught, charged = taught[:, harder], charged[:, harder]
         gate = self._gate(hard[rule.students], charged)
         if not math.isfinite(float(taught.sum())):  # a teacher that broke down teaches nothing
             sound = taught.isfinite().all(-1)
@@ -389,7 +401,7 @@ class Cohort:
         log_p = members.log_softmax(-1) + weights.to(logits).log()[:, None, None]
         served = log_p.nan_to_num(nan=UNSEEN).logsumexp(0)
         taught = torch.cat([members, served[None]])[rule.sources]
-        return taught, cross_entropy(taught, lesson.y)
+        return taught, cross_entropy(_among(taught, lesson.among), lesson.y)
 
     def _gate(self, student: Tensor, teacher: Tensor) -> Tensor:
         match self.distillation.gate:
@@ -494,3 +506,8 @@ class Cohort:
             self.capacities = list(self.capacity.values)
         self.feature_weights = {(source, student): weight for source, student, weight in state["feature_weights"]}
         self.alphas = {(source, student): alpha for source, student, alpha in state["alphas"]}
+
+
+def _among(logits: Tensor, classes: Tensor | None) -> Tensor:
+    """Rule all but these classes out, for the labels' loss alone."""
+    return logits if classes is None else mask_unseen(logits, classes)

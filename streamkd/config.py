@@ -11,7 +11,19 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from streamkd import augment, capacity, drift, losses, models, per_record, replay, roles, schedules
+from streamkd import (
+    augment,
+    capacity,
+    drift,
+    losses,
+    models,
+    per_record,
+    replay,
+    roles,
+    schedules,
+    stream_classes,
+    views,
+)
 from streamkd.batch import Output
 from streamkd.cohort import Distillation
 from streamkd.engine import Engine
@@ -26,7 +38,7 @@ from streamkd.roles import Election
 from streamkd.served import Served
 from streamkd.settings import EngineSettings, LossSum, Part, did_you_mean, validate
 from streamkd.tapping import feature_loss, tapped_models
-from streamkd.transforms import chained
+from streamkd.transforms import chained, is_image, made
 
 RIVER = "river:"
 RESERVED = ("served", "no-change", "majority")
@@ -70,6 +82,8 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
             features=feature_loss(rule.features),
             feature_weight=_schedule(rule.feature_weight, "distillation.feature_weight"),
             gate=rule.gate,
+            stream_classes=getattr(stream_classes, rule.stream_classes),
+            views=made(rule.views, augment if is_image(shape) else views, shape, "distillation.views"),
             burn_in=rule.burn_in,
             freeze_after=rule.freeze_after,
             unlabelled=rule.unlabelled,

@@ -1,6 +1,7 @@
 """One batch through all of it: predict, join, score, adapt, recall, learn, remember, report."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from math import isfinite, nan
 from typing import Any
@@ -300,8 +301,9 @@ class Engine:
             targets = doubted(untold.served[:, : len(self._seen)].to(self.device), self._seen, rule.doubt)
         learned = []
         for recalled in self._lessons(memories):
+            among = rule.stream_classes(y, len(self._seen))
             shown = x if self.augment is None else self.inputs(self.augment(raw))
-            parts = [recalled, Lesson(shown, y, _even(x))]
+            parts = [recalled, Lesson(shown, y, _even(x), among=among, views=self._views(raw))]
             if len(untold):
                 mixed, mixed_targets = interpolated(open_x, targets, rule.interpolate)
                 parts.append(Lesson(mixed, untold.y.to(self.device), _even(mixed) * rule.unlabelled, mixed_targets))
@@ -326,7 +328,19 @@ class Engine:
         weights = torch.cat([drawn.weights / len(drawn) for drawn in memories]).to(self.device)
         y = torch.cat([drawn.y for drawn in memories]).to(self.device)
         sizes = [len(drawn) for drawn in memories]
-        return list(map(Lesson, *(torch.split(column, sizes) for column in (x, y, weights))))
+        lessons = map(Lesson, *(torch.split(column, sizes) for column in (x, y, weights)))
+        if not self.cohort.distillation.views:
+            return list(lessons)
+        views = zip(*(torch.split(view, sizes) for view in self._views(raw)), strict=True)
+        return [replace(lesson, views=own) for lesson, own in zip(lessons, views, strict=True)]
+
+    def _views(self, raw: Tensor) -> tuple[Tensor, ...]:
+        """Make ever harder views of raw inputs, ready for the models."""
+        made = []
+        for view in self.cohort.distillation.views:
+            raw = view(raw)
+            made.append(self.inputs(raw))
+        return tuple(made)
 
     def _remember(self, answers: Answers, memories: list[Memories], learned: list[Learned]) -> None:
         """Refresh the priorities of what was recalled, then remember what was learned."""

@@ -20,42 +20,77 @@ class Lesson:
         weights: `[m]`.
         targets: `[m, classes met]`, probabilities, for examples without a label; rows of the others are passed over.
             None where every example has a label.
+        among: `[m, classes met]` bool, the classes that the loss of an example's label is over; None for all of them.
+        views: of the same examples, each `[m, ...]` and harder than the one before; the first is harder than `x`.
     """
 
     x: Tensor
     y: Tensor
     weights: Tensor
     targets: Tensor | None = None
+    among: Tensor | None = None
+    views: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def unrolled(self) -> "Lesson":
+        """Return `x` and all views as examples of their own, one view after the other; together they weigh as much."""
+        if not self.views:
+            return self
+        count = 1 + len(self.views)
+        return Lesson(
+            torch.cat([self.x, *self.views]),
+            self.y.repeat(count),
+            self.weights.repeat(count) / count,
+            None if self.targets is None else self.targets.repeat(count, 1),
+            None if self.among is None else self.among.repeat(count, 1),
+        )
+
+    def harder(self) -> Tensor:
+        """Return for every example of `unrolled` the index of its next harder view; that of the hardest is its own."""
+        last = len(self.views) * len(self)
+        index = torch.arange(last + len(self), device=self.y.device)
+        return torch.where(index < last, index + len(self), index)
 
     def rows(self, rows: Sequence[int]) -> "Lesson":
         """Return the chosen examples."""
         index = torch.tensor(rows, device=self.y.device)
         targets = None if self.targets is None else self.targets[index]
-        return Lesson(self.x[index], self.y[index], self.weights[index], targets)
+        among = None if self.among is None else self.among[index]
+        views = tuple(view[index] for view in self.views)
+        return Lesson(self.x[index], self.y[index], self.weights[index], targets, among, views)
 
 
 def joined(parts: Sequence[Lesson]) -> Lesson:
-    """Put lessons one after the other; in those without targets every example has a label."""
+    """Put lessons one after the other.
+
+    In those without targets every example has a label; one without views looks the same in all of them.
+    """
     parts = [part for part in parts if len(part)]
     if len(parts) == 1:
         return parts[0]
-    wanted = [part.targets for part in parts if part.targets is not None]
+    count = max(len(part.views) for part in parts)
     return Lesson(
         torch.cat([part.x for part in parts]),
         torch.cat([part.y for part in parts]),
         torch.cat([part.weights for part in parts]),
-        torch.cat(
-            [
-                wanted[0].new_zeros(len(part), wanted[0].shape[1]) if part.targets is None else part.targets
-                for part in parts
-            ]
-        )
-        if wanted
-        else None,
+        _filled([part.targets for part in parts], parts, 0.0),
+        _filled([part.among for part in parts], parts, True),  # noqa: FBT003
+        tuple(torch.cat([part.views[number] if part.views else part.x for part in parts]) for number in range(count)),
     )
+
+
+def _filled(rows: Sequence[Tensor | None], parts: Sequence[Lesson], value: float) -> Tensor | None:
+    """Put `[m, classes met]` of all parts one after the other, `value` for those that have none; None if none has."""
+    given = next((each for each in rows if each is not None), None)
+    if given is None:
+        return None
+    like = [
+        given.new_full((len(part), given.shape[1]), value) if each is None else each
+        for each, part in zip(rows, parts, strict=True)
+    ]
+    return torch.cat(like)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

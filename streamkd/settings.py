@@ -104,7 +104,7 @@ class FeaturePart(Part):
 class DistillationSettings(Settings):
     """How peers teach one another."""
 
-    scheme: Literal["leader", "mutual", "ensemble", "average", "static", "none"] = "leader"
+    scheme: Literal["leader", "mutual", "ensemble", "average", "self", "static", "none"] = "leader"
     loss: Annotated[Part, BeforeValidator(_summed)] = Part(kind="kd")
     temperature: NamedPart = Part(kind="loss_driven")
     per_record: NamedPart = Part(kind="even")
@@ -116,6 +116,11 @@ class DistillationSettings(Settings):
     feature_weight: NamedPart = Part.model_validate({"kind": "constant", "value": 1.0})
     gate: Literal["better", "soft", "open"] = "better"
     cap: bool = True
+    stream_classes: Literal["seen", "present"] = "seen"
+    views: Annotated[
+        tuple[NamedPart, ...],
+        Field(description="each harder than the one before; a student learns the answer to the next"),
+    ] = ()
     burn_in: Count = 10
     freeze_after: Count = 1_000
     unlabelled: Annotated[float, Field(ge=0, description="weight of records that will never have a label")] = 1.0

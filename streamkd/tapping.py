@@ -20,7 +20,7 @@ Build = Callable[[], nn.Module]
 def tapped_models(builds: Mapping[str, Build], settings: EngineSettings, shape: Sequence[int]) -> dict[str, Build]:
     """Put a tap on each model, and an adapter between every two: who will teach whom is not known before."""
     rule = settings.distillation
-    if rule.features.kind != "none" and rule.scheme in {"ensemble", "average"}:
+    if rule.features.kind != "none" and rule.scheme in {"ensemble", "average", "self"}:
         raise ConfigError(
             f"distillation.features.kind = {rule.features.kind!r}: needs a teacher that is a peer, and under "
             f"distillation.scheme = {rule.scheme!r} there is none; leader, mutual and static have one"

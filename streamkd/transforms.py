@@ -10,6 +10,7 @@ from streamkd.errors import ConfigError
 from streamkd.parts import find, make, parameters, shown, tried
 from streamkd.settings import Part
 
+_KINDS = {torch.uint8: "bytes", torch.float32: "numbers"}
 Augment = Callable[[Tensor], Tensor]
 """Takes images `[n, channels, height, width]` and returns as many, each changed by itself."""
 
@@ -36,7 +37,7 @@ def known() -> dict[str, Any]:
     try:
         from torchvision.transforms import v2  # noqa: PLC0415 - slow to import, and absent on some machines
     except ImportError:
-        raise ConfigError("inputs.augment: needs torchvision; pip install torchvision") from None
+        raise ConfigError("a transform of images needs torchvision; pip install torchvision") from None
     return {
         name: value for name, value in vars(v2).items() if isinstance(value, type) and issubclass(value, v2.Transform)
     }
@@ -53,11 +54,11 @@ def chained(parts: Sequence[Part], family: Any, shape: Sequence[int]) -> Augment
     Raises:
         ConfigError: records are no images, or an augmentation does not exist or does not keep them what they are.
     """
-    if parts and len(shape) != len(("channels", "height", "width")):
+    if parts and not is_image(shape):
         raise ConfigError(
             f"inputs.augment: records have shape {list(shape)}; only images [channels, height, width] are augmented"
         )
-    steps = [_made(part, family, shape, f"inputs.augment.{index}") for index, part in enumerate(parts)]
+    steps = made(parts, family, shape, "inputs.augment")
 
     def augment(x: Tensor) -> Tensor:
         for step in steps:
@@ -67,17 +68,38 @@ def chained(parts: Sequence[Part], family: Any, shape: Sequence[int]) -> Augment
     return augment if steps else None
 
 
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether records of that shape are images."""
+    return len(shape) == len(("channels", "height", "width"))
+
+
+def made(parts: Sequence[Part], family: Any, shape: Sequence[int], key: str) -> list[Augment]:
+    """Return what parts name, each tried on two records; images are bytes.
+
+    Args:
+        parts: as for `chained`; only of images can they be of torchvision.
+        family: likewise.
+        shape: likewise.
+        key: of the setting.
+
+    Raises:
+        ConfigError: one does not exist, or does not keep records what they are.
+    """
+    return [_made(part, family, shape, f"{key}.{index}") for index, part in enumerate(parts)]
+
+
 def _made(part: Part, family: Any, shape: Sequence[int], key: str) -> Augment:
-    if ":" not in part.kind and part.kind[:1].isupper():
+    if ":" not in part.kind and part.kind[:1].isupper() and is_image(shape):
         transform = find(part, {name: f"torchvision.transforms.v2:{name}" for name in known()}, key)
         sized = {"size": tuple(shape[1:])} if "size" in parameters(transform) else {}
         step: Augment = tried(lambda: each(part.kind, **{**sized, **part.options}), part, key)
     else:
         step = make(part, family, key)
-    x = torch.zeros(2, *shape, dtype=torch.uint8)
+    x = torch.zeros(2, *shape, dtype=torch.uint8 if is_image(shape) else torch.float32)
     with torch.random.fork_rng():
         said = tried(lambda: step(x), part, key)
     if not isinstance(said, Tensor) or (said.shape, said.dtype) != (x.shape, x.dtype):
         found = f"{list(said.shape)} of {said.dtype}" if isinstance(said, Tensor) else type(said).__name__
-        raise ConfigError(f"{key} = {shown(part)}: makes {found} of {list(x.shape)} bytes; they must stay such")
+        kept = f"{list(x.shape)} {_KINDS[x.dtype]}"
+        raise ConfigError(f"{key} = {shown(part)}: makes {found} of {kept}; they must stay such")
     return step

@@ -18,7 +18,7 @@ from streamkd.per_record import certainty
 from streamkd.schedules import Schedule, complement, constant, curriculum, loss_driven
 
 CLASSES = 3
-SCHEMES = ["leader", "mutual", "ensemble", "average", "static", "none"]
+SCHEMES = ["leader", "mutual", "ensemble", "average", "self", "static", "none"]
 SEEN = torch.ones(CLASSES, dtype=torch.bool)
 
 lawful = settings(max_examples=25, deadline=None)
@@ -110,6 +110,7 @@ def one_hot(y: Tensor) -> Tensor:
         ("static", {(1, 0), (1, 2)}),
         ("mutual", {(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)}),
         ("average", {(3, 1), (3, 2), (4, 0), (4, 2), (5, 0), (5, 1)}),
+        ("self", {(3, 0), (4, 1), (5, 2)}),
         ("ensemble", {(6, 0), (6, 1), (6, 2)}),
         ("none", set()),
     ],
@@ -142,6 +143,8 @@ def test_a_student_is_drawn_to_the_mean_of_its_teachers_as_they_were_before_the_
                 taught = p[others[j]].mean(0)  # the sum over P - 1
             case "average":
                 taught = averages[others[j]].mean(0)
+            case "self":
+                taught = averages[j]
             case "ensemble":
                 taught = served
             case _:
@@ -198,7 +201,7 @@ def test_the_leader_learns_as_if_there_were_no_distillation(scheme: str) -> None
 @lawful
 @given(
     st.integers(0, 2**16),
-    st.sampled_from(["leader", "mutual", "ensemble", "average"]),
+    st.sampled_from(["leader", "mutual", "ensemble", "average", "self"]),
     st.lists(st.sampled_from([UNLABELLED, 0, 1, 2]), min_size=6, max_size=6),
     st.sampled_from([0.1, 1.0, 1000.0]),
     st.sampled_from([1.0, 4.0]),

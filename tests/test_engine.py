@@ -191,7 +191,7 @@ def test_batches_of_one_and_of_all_are_learned() -> None:
         assert bool(report.served.isfinite().all())
 
 
-@pytest.mark.parametrize("scheme", ["leader", "mutual", "ensemble", "average", "static", "none"])
+@pytest.mark.parametrize("scheme", ["leader", "mutual", "ensemble", "average", "self", "static", "none"])
 def test_every_scheme_learns_the_world(scheme: str) -> None:
     made = engine(distillation=Distillation(scheme=scheme))
     reports = [made.step(batch) for batch in batches(960)[:30]]

@@ -94,7 +94,7 @@ def test_every_record_is_learned_and_remembered_or_named(rows: set[int]) -> None
     assert bool(weights(made).isfinite().all())
 
 
-@pytest.mark.parametrize("scheme", ["leader", "mutual", "ensemble", "average"])
+@pytest.mark.parametrize("scheme", ["leader", "mutual", "ensemble", "average", "self"])
 def test_it_is_found_among_peers_that_teach_one_another_with_batch_norm_and_dropout(scheme: str) -> None:
     made = fragile(Droopy, partial(mlp, (5,), CLASSES), Droopy, distillation=Distillation(scheme=scheme))
     stream = batches(960)

@@ -67,7 +67,7 @@ def test_the_world_is_learned_and_the_forest_takes_office_and_teaches() -> None:
     assert all(("a", "forest") not in report.alphas or report.peers["forest"].soft >= 0 for report in reports)
 
 
-@pytest.mark.parametrize("scheme", ["leader", "mutual", "ensemble", "average", "static", "none"])
+@pytest.mark.parametrize("scheme", ["leader", "mutual", "ensemble", "average", "self", "static", "none"])
 def test_a_resumed_run_equals_the_unbroken_one(scheme: str) -> None:
     unbroken, cut = (mixed(distillation=Distillation(scheme=scheme, freeze_after=30)) for _ in range(2))
     stream = batches(480, late=True)

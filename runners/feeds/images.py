@@ -369,8 +369,7 @@ def image_column(
 def _telling(options: Mapping[str, Any]) -> Telling:
     if "label" in options:
         raise ConfigError(
-            f"feed.label = {options['label']!r}: images have no columns; leave it out, or name an array of labels in "
-            "feed.y"
+            f"feed.label = {options['label']!r}: leave it out; of an .npz file, name the array of labels in feed.y"
         )
     return validate(Telling, options, "feed")
 
