@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from streamkd.batch import Output, labelled
 from streamkd.capacity import Capacity
 from streamkd.faults import at_fault
 from streamkd.features import FeatureLoss
+from streamkd.fused import Fused, fits
 from streamkd.gradients import slope, with_gradient
 from streamkd.lesson import Learned, Lesson
 from streamkd.logits import UNSEEN, cross_entropy, labels_loss, mask_unseen
@@ -22,12 +23,17 @@ from streamkd.peer import Peer
 from streamkd.report import SERVED
 from streamkd.river_peer import RiverPeer
 from streamkd.schedules import Curriculum, Schedule, Signals, competence, constant, loss_driven
-from streamkd.stack import grouped
+from streamkd.stack import Stack, grouped
 
 STUCK = 8
 """Updates in a row without a finite gradient after which a peer is rolled back, or restarted."""
 
 
+UNFIT = (
+    "it takes peers of one architecture, made of linear layers, layer norm and functions of one number, that teach one "
+    "another by the loss kd at one temperature for all records, without features or capacities measured meanwhile"
+)
+"""What stands in the way of compiling an update."""
 FUTILE = 8
 """Restarts of every peer, without one step between them, after which learning is given up."""
 
@@ -113,6 +119,7 @@ class Cohort:
         peers: with names of their own.
         distillation: how they teach one another.
         capacity: what their capacities are measured by, started; by default they are numbers of parameters.
+        compiled: whether updates are compiled, those that can be.
     """
 
     def __init__(
@@ -120,6 +127,8 @@ class Cohort:
         peers: Sequence[Peer | RiverPeer],
         distillation: Distillation | None = None,
         capacity: Capacity | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.peers = list(peers)
         if len({peer.name for peer in self.peers}) < len(self.peers):
@@ -143,6 +152,8 @@ class Cohort:
         self.groups = grouped(self.peers)
         order = [index for group in self.groups for index in group.members]
         self.places = None if order == list(range(size)) else torch.tensor(order).argsort()
+        self._wanted = compiled
+        self.fused = self._fused() if compiled else None
         self._lessons: _Lessons | None = None
         self._pairs: tuple[tuple[tuple[int, int], ...], Tensor, Tensor] | None = None
 
@@ -215,7 +226,7 @@ class Cohort:
             weights: `[2 * peers]`, of the members in the served answer, for the `ensemble` scheme.
         """
         backward = partial(self._backward, teacher=teacher, seen=seen, weights=weights)
-        learned = backward(lesson)
+        learned = self._compiled(lesson, teacher, seen) or backward(lesson)
         if not learned.finite:
             learned = self._without_faulty(lesson, learned, backward)
         if len(learned.faulty) < len(lesson):
@@ -223,6 +234,38 @@ class Cohort:
         self.mend(teacher)
         self.updates += 1
         return learned
+
+    @property
+    def uncompiled(self) -> str:
+        """Why updates that were to be compiled are not; empty where they are, or were not to be."""
+        if not self._wanted:
+            return ""
+        return self.fused.trouble if self.fused else UNFIT
+
+    def _fused(self) -> Fused | None:
+        """Return what compiles updates; None where something in them has to be looked at on the way."""
+        rule = self.distillation
+        by_itself = rule.per_record is None and rule.features is None and not isinstance(rule.temperature, Curriculum)
+        taught_by_peers = rule.scheme in {"leader", "static", "mutual"}
+        measured = self.capacity is not None and self.capacity.online
+        if not (by_itself and taught_by_peers and not measured and fits(self.groups, rule.loss)):
+            return None
+        return Fused(cast("Stack", self.groups[0]), loss=rule.loss, gate=rule.gate, cap=rule.cap)
+
+    def _compiled(self, lesson: Lesson, teacher: int, seen: Tensor) -> Learned | None:
+        """Bring every peer its gradient like `_backward`; None where this lesson is not for the compiled function."""
+        rule = self._lessons = self._lessons or self._prepare(lesson.weights)
+        if self.fused is None or lesson.targets is not None or not rule.teach:
+            return None
+        pairs = (rule.sources, rule.students, rule.alphas, rule.portions, rule.temperatures, rule.betas)
+        told = self.fused(lesson, seen, pairs)
+        if told is None:
+            return None
+        hard, soft, divergence, answers, found = told
+        norms: list[float] = found.tolist()
+        if self._frozen(teacher, teacher):
+            norms[teacher] = 0.0
+        return Learned(lesson, hard.mean(0), hard, soft, divergence, answers, rule.betas, norms)
 
     def absorb(self, x: Tensor, y: Tensor, *, teacher: int) -> None:
         """Let the peers that learn record by record have the records `x` `[n, ...]` with their labels `y` `[n]`."""

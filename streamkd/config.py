@@ -90,6 +90,7 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
         pending=Pending(settings.labels.pending_capacity),
         inputs=Standardiser(scaling.clip, scaling.horizon) if scaling.standardise else Raw(),
         device=device,
+        compiled=settings.compile,
         clock=clock,
     )
 

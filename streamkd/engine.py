@@ -57,6 +57,7 @@ class Engine:
         pending: predictions that wait for their labels.
         inputs: scaling of the raw inputs, or `Raw()` for none.
         device: where models and batches are computed.
+        compiled: whether updates are compiled, those that can be; `cohort.uncompiled` tells what stands in the way.
         clock: reads seconds, for `Report.seconds`; streamkd itself never looks at a clock.
     """
 
@@ -76,10 +77,11 @@ class Engine:
         pending: Pending | None = None,
         inputs: Standardiser | Raw | None = None,
         device: torch.device | str = "cpu",
+        compiled: bool = False,
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.device = torch.device(device)
-        self.cohort = Cohort([peer.to(self.device) for peer in peers], distillation, capacity)
+        self.cohort = Cohort([peer.to(self.device) for peer in peers], distillation, capacity, compiled=compiled)
         self.classes = classes
         self.replay = ReplayBuffer() if replay is None else replay
         self.recall = recall or Recall()

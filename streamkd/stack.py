@@ -137,6 +137,11 @@ class Stack:
         self._rates = self._weights.new_tensor([peer.rates[:1] for peer in self.peers])
         self._descends = all(_plain(peer.optimizer) for peer in self.peers)
 
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The members' weights and gradients `[members, weights]`, and their clips `[members]`."""
+        return self._rows, self._gradient, self._clips
+
     def _cut(self, rows: Tensor) -> list[Tensor]:
         """Cut rows of weights `[..., all]` into one tensor a parameter, `[..., *its shape]`."""
         parameters = list(self.peers[0].module.parameters())
@@ -147,7 +152,7 @@ class Stack:
         """Build the layers from all the weights; gradients are written to `slots`."""
         left = iter(zip(weights, slots, strict=True))
         made: list[layers.Layer] = []
-        for layer in _leaves(self.peers[0].module):
+        for layer in leaves(self.peers[0].module):
             own = [next(left) for _ in layer.parameters()]
             (first, second), places = [*(weight for weight, _ in own), None, None][:2], [slot for _, slot in own]
             if isinstance(layer, nn.Linear):
@@ -235,7 +240,7 @@ def _architecture(peer: Peer | RiverPeer) -> str | None:
     """Describe a model so that those of one description can be stacked; None if it has layers that cannot be."""
     if not isinstance(peer, Peer):
         return None
-    layers, parameters = list(_leaves(peer.module)), list(peer.module.parameters())
+    layers, parameters = list(leaves(peer.module)), list(peer.module.parameters())
     weighted = [layer for layer in layers if isinstance(layer, nn.Linear | nn.LayerNorm)]
     flattens = [layer for layer in layers if isinstance(layer, nn.Flatten)]
     known = (
@@ -250,12 +255,13 @@ def _architecture(peer: Peer | RiverPeer) -> str | None:
     return f"{peer.module!r} {peer.shapes()}" if known and weighted else None
 
 
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+def leaves(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers of a model in order, those of sequences in it included."""
     if type(module) is not nn.Sequential or _hooked(module):
         yield module
     else:
         for layer in module:
-            yield from _leaves(layer)
+            yield from leaves(layer)
 
 
 def _hooked(module: nn.Module) -> bool:
