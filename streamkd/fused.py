@@ -77,6 +77,8 @@ class Fused:
         seen = functional.pad(seen, (0, columns - len(seen)))
         try:
             *told, norms = self.update(self._teaching, self._stack.operands, _filled(lesson), seen, rule)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a compiler that is not there, or is another, comes to
             self.trouble = reason(error)
             return None

@@ -1,7 +1,8 @@
 """What one update learns from, and what it did."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
 from math import isfinite
 
 import torch
@@ -35,6 +36,14 @@ class Lesson:
         index = torch.tensor(rows, device=self.y.device)
         targets = None if self.targets is None else self.targets[index]
         return Lesson(self.x[index], self.y[index], self.weights[index], targets)
+
+    def split(self, size: int) -> "list[Lesson]":
+        """Return the same in parts of at most `size` examples, in order; one at least."""
+        if len(self) <= size:
+            return [self]
+        columns = (torch.split(column, size) for column in (self.x, self.y, self.weights))
+        targets = repeat(None) if self.targets is None else torch.split(self.targets, size)
+        return [Lesson(*column) for column in zip(*columns, targets, strict=False)]
 
 
 def joined(parts: Sequence[Lesson]) -> Lesson:
@@ -121,6 +130,19 @@ class Learned:
     def agreed(self) -> int:
         """Pairs of them that gave the same answer."""
         return (int((self.answers[:, None] == self.answers).sum()) - self.answers.numel()) // 2
+
+
+def side_by_side(lesson: Lesson, parts: Sequence[Learned]) -> Learned:
+    """Tell of one update that was made ready in parts; norms are the first part's."""
+    return replace(
+        parts[0],
+        lesson=lesson,
+        losses=torch.cat([part.losses for part in parts]),
+        hard_losses=torch.cat([part.hard_losses for part in parts], 1),
+        soft_losses=torch.cat([part.soft_losses for part in parts], 1),
+        divergences=torch.cat([part.divergences for part in parts], 1),
+        answers=torch.cat([part.answers for part in parts], 1),
+    )
 
 
 def together(learned: Sequence[Learned]) -> Learned:

@@ -28,16 +28,17 @@ class Group(Protocol):
     def learn(self, x: Tensor) -> Tensor:
         """Answer `x` in training mode: logits `[members, n, classes]`, and be ready for `back`."""
 
-    def back(self, gradient: Tensor, hint: Tensor | None = None) -> list[float]:
-        """Bring each member its gradient, from that at the logits of `learn`, and shorten it to the member's `clip`.
+    def back(self, gradient: Tensor, hint: Tensor | None = None, *, add: bool = False) -> None:
+        """Bring each member its gradient, from that at the logits of `learn`.
 
         Args:
             gradient: `[members, n, classes]`.
             hint: a loss made from `features`, whose gradient is added.
-
-        Returns:
-            The norms before.
+            add: to the gradient that was brought last, for records that are learned together and fit no memory at once.
         """
+
+    def clip(self) -> list[float]:
+        """Shorten each member's gradient to its `clip`; return the norms before."""
 
     def step(self, norms: Sequence[float | None], rate: float) -> None:
         """Take one optimizer step with each member; none with one whose norm is None, or not finite, which counts."""
@@ -80,12 +81,15 @@ class Single:
         self._logits, self.features = said.logits, [said.features]
         return self._logits.detach()[None]
 
-    def back(self, gradient: Tensor, hint: Tensor | None = None) -> list[float]:
+    def back(self, gradient: Tensor, hint: Tensor | None = None, *, add: bool = False) -> None:  # noqa: ARG002 - it does
         """See `Group`."""
         if self._logits.requires_grad:
             self._logits.backward(gradient[0], retain_graph=hint is not None)  # type: ignore[no-untyped-call]
         if hint is not None and hint.requires_grad:
             hint.backward()  # type: ignore[no-untyped-call]
+
+    def clip(self) -> list[float]:
+        """See `Group`."""
         return [self.peer.clip_gradient()]
 
     def step(self, norms: Sequence[float | None], rate: float) -> None:
@@ -176,10 +180,17 @@ class Stack:
         return _through(self._members, x)
 
     @torch.no_grad()
-    def back(self, gradient: Tensor, hint: Tensor | None = None) -> list[float]:  # noqa: ARG002 - there are no features
+    def back(self, gradient: Tensor, hint: Tensor | None = None, *, add: bool = False) -> None:  # noqa: ARG002 - there are no features
         """See `Group`."""
+        before = self._gradient.clone() if add else None
         for layer in reversed(self._members):
             gradient = layer.back(gradient)
+        if before is not None:
+            self._gradient.add_(before)
+
+    @torch.no_grad()
+    def clip(self) -> list[float]:
+        """See `Group`."""
         norms = self._gradient.norm(dim=1)
         said: list[float] = norms.tolist()
         if any(norm > peer.clip for norm, peer in zip(said, self.peers, strict=True)):
