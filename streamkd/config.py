@@ -211,6 +211,7 @@ def _peers(settings: EngineSettings, shape: Sequence[int], *, tapped: bool) -> I
             horizon=peer.ema_horizon,
             clip=peer.clip,
             seed=settings.seed * 1_000 + index,
+            precision=getattr(torch, settings.precision),
         )
         _check_output(made, shape, settings.max_classes, peer.model, f"{key}.model")
         yield made

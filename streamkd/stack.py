@@ -249,7 +249,7 @@ def _plain(optimizer: torch.optim.Optimizer) -> bool:
 
 def _architecture(peer: Peer | RiverPeer) -> str | None:
     """Describe a model so that those of one description can be stacked; None if it has layers that cannot be."""
-    if not isinstance(peer, Peer):
+    if not isinstance(peer, Peer) or peer.precision != torch.float32:
         return None
     layers, parameters = list(leaves(peer.module)), list(peer.module.parameters())
     weighted = [layer for layer in layers if isinstance(layer, nn.Linear | nn.LayerNorm)]
