@@ -310,18 +310,18 @@ class Cohort:
 
     def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Bring every peer its gradient, clipped; take no step yet."""
+        norms = [0.0] * len(self)
         parts = lesson.split(self.at_once)
-        told = [self._bring(part, seen=seen, weights=weights, add=place > 0) for place, part in enumerate(parts)]
-        norms = [sum(norms) for norms in zip(*(one.norms for one in told), strict=True)]
+        told = [self._bring(part, norms, seen=seen, weights=weights, add=part is not parts[0]) for part in parts]
         for group in self.groups:
             for index, norm in zip(group.members, group.clip(), strict=True):
                 norms[index] += norm
         if self._frozen(teacher, teacher):
             norms[teacher] = 0.0
-        return replace(told[0] if len(told) == 1 else side_by_side(lesson, told), norms=norms)
+        return told[0] if len(told) == 1 else side_by_side(lesson, told)
 
-    def _bring(self, lesson: Lesson, *, seen: Tensor, weights: Tensor, add: bool) -> Learned:
-        """Bring every peer its gradient, or add it to the last one; the norms tell only which losses are finite."""
+    def _bring(self, lesson: Lesson, norms: list[float], *, seen: Tensor, weights: Tensor, add: bool) -> Learned:
+        """Bring every peer its gradient, or add it to the last one; only what has no finite loss gets its norm, NaN."""
         logits = self._in_order([group.learn(lesson.x) for group in self.groups])
         rest = (0, logits.shape[-1] - len(seen))
         leaf = mask_unseen(logits[..., : len(seen)], seen)
@@ -343,7 +343,8 @@ class Cohort:
             gradient = torch.where(labelled(lesson.y)[:, None], gradient, p - lesson.targets)
         gradient = functional.pad(gradient * lesson.weights[:, None], rest)
         # A loss that is not finite may have a gradient that is.
-        norms = [0.0 if math.isfinite(loss) else math.nan for loss in hard.sum(1).tolist()]
+        for index, loss in enumerate(hard.sum(1).tolist()):
+            norms[index] += 0.0 if math.isfinite(loss) else math.nan
         for group in self.groups:
             own = gradient if len(self.groups) == 1 else gradient[group.members]
             hint = hints.get(group.members[0]) if hints else None

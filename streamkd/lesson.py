@@ -29,7 +29,7 @@ class Lesson:
     targets: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.y)
+        return self.y.shape[0]
 
     def rows(self, rows: Sequence[int]) -> "Lesson":
         """Return the chosen examples."""
@@ -133,7 +133,7 @@ class Learned:
 
 
 def side_by_side(lesson: Lesson, parts: Sequence[Learned]) -> Learned:
-    """Tell of one update that was made ready in parts; norms are the first part's."""
+    """Tell of one update that was made ready in parts, which share their norms."""
     return replace(
         parts[0],
         lesson=lesson,
