@@ -58,6 +58,7 @@ class Daemon:
         self._session = running
         self._settings = running.configuration
         self._log = log
+        self._trouble = ""
         self._observers = observers
         self._reload = reload
         self._stop = self._hung_up = False
@@ -150,12 +151,19 @@ class Daemon:
                 continue
             position = batch.position  # it moves without records, too, where all were refused
             report = self._session.step(batch)
+            self._tell_uncompiled()
             self.metrics.label_delay.observe(self._delays.update(batch, time.monotonic()))
             self.metrics.observe_times(batch.times, now=time.time())
             self._observe(report)
             if self._saver:
                 self._saver.after(report.position)
         self._log.info("stopping", reason="signal")
+
+    def _tell_uncompiled(self) -> None:
+        trouble = self._session.engine.cohort.uncompiled
+        if trouble != self._trouble:
+            self._trouble = trouble
+            self._log.warning("not compiled", reason=trouble, remedy="it learns as without compile = true, only slower")
 
     def _observe_feed(self) -> None:
         feed = self._session.feed

@@ -43,7 +43,7 @@ class Batch:
             )
 
     def __len__(self) -> int:
-        return len(self.x)
+        return self.x.shape[0]
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -15,21 +15,32 @@ from streamkd.batch import Output, labelled
 from streamkd.capacity import Capacity
 from streamkd.faults import at_fault
 from streamkd.features import FeatureLoss
+from streamkd.fused import Fused, fits
 from streamkd.gradients import slope, with_gradient
-from streamkd.lesson import Learned, Lesson
+from streamkd.lesson import Learned, Lesson, side_by_side
 from streamkd.logits import UNSEEN, cross_entropy, labels_loss, mask_unseen
 from streamkd.losses import Loss, kd
 from streamkd.peer import Peer
 from streamkd.report import SERVED
 from streamkd.river_peer import RiverPeer
 from streamkd.schedules import Curriculum, Schedule, Signals, competence, constant, loss_driven
-from streamkd.stack import grouped
+from streamkd.stack import Stack, grouped
 from streamkd.views import View
 
+_T = TypeVar("_T")
 STUCK = 8
 """Updates in a row without a finite gradient after which a peer is rolled back, or restarted."""
 
 
+ALL = 1 << 31
+"""Rows that are answered or learned at once: as many as there are."""
+GROW_EVERY = 256
+"""Answers and updates with fewer rows at once, after which twice as many are tried."""
+UNFIT = (
+    "it takes peers of one architecture, made of linear layers, layer norm and functions of one number, that teach one "
+    "another by the loss kd at one temperature for all records, without features or capacities measured meanwhile"
+)
+"""What stands in the way of compiling an update."""
 FUTILE = 8
 """Restarts of every peer, without one step between them, after which learning is given up."""
 
@@ -120,6 +131,7 @@ class Cohort:
         peers: with names of their own.
         distillation: how they teach one another.
         capacity: what their capacities are measured by, started; by default they are numbers of parameters.
+        compiled: whether updates are compiled, those that can be.
     """
 
     def __init__(
@@ -127,6 +139,8 @@ class Cohort:
         peers: Sequence[Peer | RiverPeer],
         distillation: Distillation | None = None,
         capacity: Capacity | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.peers = list(peers)
         if len({peer.name for peer in self.peers}) < len(self.peers):
@@ -150,6 +164,11 @@ class Cohort:
         self.groups = grouped(self.peers)
         order = [index for group in self.groups for index in group.members]
         self.places = None if order == list(range(size)) else torch.tensor(order).argsort()
+        # What fits is the device's, and no state: a checkpoint may be taken up by another.
+        self.at_once = ALL
+        self.fitted = 0  # times that so many did, since they were cut down
+        self._wanted = compiled
+        self.fused = self._fused() if compiled else None
         self._lessons: _Lessons | None = None
         self._pairs: tuple[tuple[tuple[int, int], ...], Tensor, Tensor] | None = None
 
@@ -159,6 +178,14 @@ class Cohort:
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Answer `x` `[n, ...]`: logits `[2 * peers, n, classes]`, the peers' first, then their averages'."""
+
+        def answer() -> Tensor:
+            said = [self._predict(part) for part in torch.split(x, self.at_once)]
+            return said[0] if len(said) == 1 else torch.cat(said, 1)
+
+        return self._fitting(answer, len(x))
+
+    def _predict(self, x: Tensor) -> Tensor:
         said = [group.predict(x) for group in self.groups]
         if len(said) == 1:
             return said[0]
@@ -222,7 +249,7 @@ class Cohort:
             weights: `[2 * peers]`, of the members in the served answer, for the `ensemble` scheme.
         """
         backward = partial(self._backward, teacher=teacher, seen=seen, weights=weights)
-        learned = backward(lesson)
+        learned = self._fitting(lambda: self._compiled(lesson, teacher, seen) or backward(lesson), len(lesson))
         if not learned.finite:
             learned = self._without_faulty(lesson, learned, backward)
         if len(learned.faulty) < len(lesson):
@@ -230,6 +257,57 @@ class Cohort:
         self.mend(teacher)
         self.updates += 1
         return learned
+
+    def _fitting(self, work: Callable[[], _T], rows: int) -> _T:
+        """Do what takes so many rows, `at_once` of them at once: half as many whenever the device's memory runs out.
+
+        Nothing of it is kept when that happens; it is all done again. After a while more rows are tried.
+        """
+        if self.at_once < ALL:
+            self.fitted += 1
+            if self.fitted % GROW_EVERY == 0:
+                self.at_once = 2 * self.at_once if self.at_once < rows else ALL
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if min(rows, self.at_once) <= 1:
+                    raise
+            # Out here, where the exception no longer holds on to the tensors that were in the way.
+            self._discard()
+            self.at_once, self.fitted = -(-min(rows, self.at_once) // 2), 0
+
+    @property
+    def uncompiled(self) -> str:
+        """Why updates that were to be compiled are not; empty where they are, or were not to be."""
+        if not self._wanted:
+            return ""
+        return self.fused.trouble if self.fused else UNFIT
+
+    def _fused(self) -> Fused | None:
+        """Return what compiles updates; None where something in them has to be looked at on the way."""
+        rule = self.distillation
+        by_itself = rule.per_record is None and rule.features is None and not isinstance(rule.temperature, Curriculum)
+        taught_by_peers = rule.scheme in {"leader", "static", "mutual"}
+        measured = self.capacity is not None and self.capacity.online
+        if not (by_itself and taught_by_peers and not measured and fits(self.groups, rule.loss)):
+            return None
+        return Fused(cast("Stack", self.groups[0]), loss=rule.loss, gate=rule.gate, cap=rule.cap)
+
+    def _compiled(self, lesson: Lesson, teacher: int, seen: Tensor) -> Learned | None:
+        """Bring every peer its gradient like `_backward`; None where this lesson is not for the compiled function."""
+        rule = self._lessons = self._lessons or self._prepare(lesson.weights)
+        if self.fused is None or not lesson.plain or not rule.teach or len(lesson) > self.at_once:
+            return None
+        pairs = (rule.sources, rule.students, rule.alphas, rule.portions, rule.temperatures, rule.betas)
+        told = self.fused(lesson, seen, pairs)
+        if told is None:
+            return None
+        hard, soft, divergence, answers, found = told
+        norms: list[float] = found.tolist()
+        if self._frozen(teacher, teacher):
+            norms[teacher] = 0.0
+        return Learned(lesson, hard.mean(0), hard, soft, divergence, answers, rule.betas, norms)
 
     def absorb(self, x: Tensor, y: Tensor, *, teacher: int) -> None:
         """Let the peers that learn record by record have the records `x` `[n, ...]` with their labels `y` `[n]`."""
@@ -239,6 +317,18 @@ class Cohort:
 
     def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Bring every peer its gradient, clipped; take no step yet."""
+        norms = [0.0] * len(self)
+        parts = lesson.split(self.at_once)
+        told = [self._bring(part, norms, seen=seen, weights=weights, add=part is not parts[0]) for part in parts]
+        for group in self.groups:
+            for index, norm in zip(group.members, group.clip(), strict=True):
+                norms[index] += norm
+        if self._frozen(teacher, teacher):
+            norms[teacher] = 0.0
+        return told[0] if len(told) == 1 else side_by_side(lesson, told)
+
+    def _bring(self, lesson: Lesson, norms: list[float], *, seen: Tensor, weights: Tensor, add: bool) -> Learned:
+        """Bring every peer its gradient, or add it to the last one; only what has no finite loss gets its norm, NaN."""
         asked, lesson = lesson, lesson.unrolled()
         logits = self._in_order([group.learn(lesson.x) for group in self.groups])
         rest = (0, logits.shape[-1] - len(seen))
@@ -264,14 +354,12 @@ class Cohort:
             gradient = torch.where(labelled(lesson.y)[:, None], gradient, p - lesson.targets)
         gradient = functional.pad(gradient * lesson.weights[:, None], rest)
         # A loss that is not finite may have a gradient that is.
-        norms = [0.0 if math.isfinite(loss) else math.nan for loss in hard.sum(1).tolist()]
+        for index, loss in enumerate(hard.sum(1).tolist()):
+            norms[index] += 0.0 if math.isfinite(loss) else math.nan
         for group in self.groups:
             own = gradient if len(self.groups) == 1 else gradient[group.members]
             hint = hints.get(group.members[0]) if hints else None
-            for index, norm in zip(group.members, group.back(own, hint), strict=True):
-                norms[index] += norm
-        if self._frozen(teacher, teacher):
-            norms[teacher] = 0.0
+            group.back(own, hint, add=add)
         if self.capacity is not None and self.capacity.online:
             self.capacity.update(p, lesson.y, self._features())
             self.capacities = list(self.capacity.values)

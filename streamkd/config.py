@@ -106,6 +106,7 @@ def build_engine(settings: EngineSettings, shape: Sequence[int], *, clock: Calla
         inputs=Standardiser(scaling.clip, scaling.horizon) if scaling.standardise else Raw(),
         augment=chained(scaling.augment, augment, shape),
         device=device,
+        compiled=settings.compile,
         clock=clock,
     )
 
@@ -226,6 +227,7 @@ def _peers(settings: EngineSettings, shape: Sequence[int], *, tapped: bool) -> I
             horizon=peer.ema_horizon,
             clip=peer.clip,
             seed=settings.seed * 1_000 + index,
+            precision=getattr(torch, settings.precision),
         )
         _check_output(made, shape, settings.max_classes, peer.model, f"{key}.model")
         yield made

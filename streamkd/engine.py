@@ -59,6 +59,7 @@ class Engine:
         inputs: scaling of the raw inputs, or `Raw()` for none.
         augment: changes raw inputs a little before they are learned, anew for every update; none by default.
         device: where models and batches are computed.
+        compiled: whether updates are compiled, those that can be; `cohort.uncompiled` tells what stands in the way.
         clock: reads seconds, for `Report.seconds`; streamkd itself never looks at a clock.
     """
 
@@ -79,10 +80,11 @@ class Engine:
         inputs: Standardiser | Raw | None = None,
         augment: Callable[[Tensor], Tensor] | None = None,
         device: torch.device | str = "cpu",
+        compiled: bool = False,
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.device = torch.device(device)
-        self.cohort = Cohort([peer.to(self.device) for peer in peers], distillation, capacity)
+        self.cohort = Cohort([peer.to(self.device) for peer in peers], distillation, capacity, compiled=compiled)
         self.classes = classes
         self.replay = ReplayBuffer() if replay is None else replay
         self.recall = recall or Recall()

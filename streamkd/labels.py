@@ -28,7 +28,7 @@ class Answers:
     served: Tensor
 
     def __len__(self) -> int:
-        return len(self.y)
+        return self.y.shape[0]
 
     def rows(self, rows: Tensor | slice) -> "Answers":
         """Return the chosen rows: `[m]` indices, `[n]` bool, or a slice."""

@@ -1,7 +1,7 @@
 """What one update learns from, and what it did."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 import torch
@@ -32,7 +32,12 @@ class Lesson:
     views: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.y)
+        return self.y.shape[0]
+
+    @property
+    def plain(self) -> bool:
+        """Whether there are labels and nothing else to learn from, over all classes, and no views."""
+        return self.targets is None and self.among is None and not self.views
 
     def unrolled(self) -> "Lesson":
         """Return `x` and all views as examples of their own, one view after the other; together they weigh as much."""
@@ -60,6 +65,12 @@ class Lesson:
         among = None if self.among is None else self.among[index]
         views = tuple(view[index] for view in self.views)
         return Lesson(self.x[index], self.y[index], self.weights[index], targets, among, views)
+
+    def split(self, size: int) -> "list[Lesson]":
+        """Return the same in parts of at most `size` examples, in order; one at least."""
+        if len(self) <= size:
+            return [self]
+        return [self.rows(range(first, min(first + size, len(self)))) for first in range(0, len(self), size)]
 
 
 def joined(parts: Sequence[Lesson]) -> Lesson:
@@ -156,6 +167,19 @@ class Learned:
     def agreed(self) -> int:
         """Pairs of them that gave the same answer."""
         return (int((self.answers[:, None] == self.answers).sum()) - self.answers.numel()) // 2
+
+
+def side_by_side(lesson: Lesson, parts: Sequence[Learned]) -> Learned:
+    """Tell of one update that was made ready in parts, which share their norms."""
+    return replace(
+        parts[0],
+        lesson=lesson,
+        losses=torch.cat([part.losses for part in parts]),
+        hard_losses=torch.cat([part.hard_losses for part in parts], 1),
+        soft_losses=torch.cat([part.soft_losses for part in parts], 1),
+        divergences=torch.cat([part.divergences for part in parts], 1),
+        answers=torch.cat([part.answers for part in parts], 1),
+    )
 
 
 def together(learned: Sequence[Learned]) -> Learned:

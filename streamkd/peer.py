@@ -31,6 +31,8 @@ class Peer:
         horizon: of the average, in updates.
         clip: largest norm of the gradient; what is longer is shortened to it.
         seed: of the initial weights.
+        precision: in which the model answers where torch knows how (autocast); weights, averages, losses and optimizer
+            stay as they are.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class Peer:
         horizon: float = 10.0,
         clip: float = 2.0,
         seed: int = 0,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         self.name = name
         self.clip = clip
+        self.precision = precision
         self.skipped = 0
         self.stuck = 0  # steps skipped one after the other, through no fault of the records
         self.rollbacks = 0
@@ -105,18 +109,25 @@ class Peer:
     def learn(self, x: Tensor) -> Output:
         """Answer `x` `[n, ...]` in training mode, with a gradient; a single record has no batch statistics."""
         _switch(self.module, training=len(x) > 1 or not self._buffers)
-        return as_output(self.module(x))
+        return self._ask(self.module, x)
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Output:
         """Answer `x` in evaluation mode, without a gradient."""
         _switch(self.module, training=False)
-        return as_output(self.module(x))
+        return self._ask(self.module, x)
 
     @torch.no_grad()
     def predict_average(self, x: Tensor) -> Output:
         """Answer `x` with the averaged weights."""
-        return as_output(self.average(x))
+        return self._ask(self.average, x)
+
+    def _ask(self, module: nn.Module, x: Tensor) -> Output:
+        if self.precision == torch.float32:
+            return as_output(module(x))
+        with torch.autocast(x.device.type, dtype=self.precision):
+            said = as_output(module(x))
+        return Output(said.logits.float(), None if said.features is None else said.features.float())
 
     @torch.no_grad()
     def clip_gradient(self) -> float:

@@ -33,7 +33,7 @@ class Memories:
     ages: Tensor
 
     def __len__(self) -> int:
-        return len(self.slots)
+        return self.slots.shape[0]
 
     def split(self, parts: int) -> "list[Memories]":
         """Deal the records out into `parts` draws of equal size."""

@@ -28,16 +28,17 @@ class Group(Protocol):
     def learn(self, x: Tensor) -> Tensor:
         """Answer `x` in training mode: logits `[members, n, classes]`, and be ready for `back`."""
 
-    def back(self, gradient: Tensor, hint: Tensor | None = None) -> list[float]:
-        """Bring each member its gradient, from that at the logits of `learn`, and shorten it to the member's `clip`.
+    def back(self, gradient: Tensor, hint: Tensor | None = None, *, add: bool = False) -> None:
+        """Bring each member its gradient, from that at the logits of `learn`.
 
         Args:
             gradient: `[members, n, classes]`.
             hint: a loss made from `features`, whose gradient is added.
-
-        Returns:
-            The norms before.
+            add: to the gradient that was brought last, for records that are learned together and fit no memory at once.
         """
+
+    def clip(self) -> list[float]:
+        """Shorten each member's gradient to its `clip`; return the norms before."""
 
     def step(self, norms: Sequence[float | None], rate: float) -> None:
         """Take one optimizer step with each member; none with one whose norm is None, or not finite, which counts."""
@@ -80,12 +81,15 @@ class Single:
         self._logits, self.features = said.logits, [said.features]
         return self._logits.detach()[None]
 
-    def back(self, gradient: Tensor, hint: Tensor | None = None) -> list[float]:
+    def back(self, gradient: Tensor, hint: Tensor | None = None, *, add: bool = False) -> None:  # noqa: ARG002 - it does
         """See `Group`."""
         if self._logits.requires_grad:
             self._logits.backward(gradient[0], retain_graph=hint is not None)  # type: ignore[no-untyped-call]
         if hint is not None and hint.requires_grad:
             hint.backward()  # type: ignore[no-untyped-call]
+
+    def clip(self) -> list[float]:
+        """See `Group`."""
         return [self.peer.clip_gradient()]
 
     def step(self, norms: Sequence[float | None], rate: float) -> None:
@@ -137,6 +141,11 @@ class Stack:
         self._rates = self._weights.new_tensor([peer.rates[:1] for peer in self.peers])
         self._descends = all(_plain(peer.optimizer) for peer in self.peers)
 
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The members' weights and gradients `[members, weights]`, and their clips `[members]`."""
+        return self._rows, self._gradient, self._clips
+
     def _cut(self, rows: Tensor) -> list[Tensor]:
         """Cut rows of weights `[..., all]` into one tensor a parameter, `[..., *its shape]`."""
         parameters = list(self.peers[0].module.parameters())
@@ -147,7 +156,7 @@ class Stack:
         """Build the layers from all the weights; gradients are written to `slots`."""
         left = iter(zip(weights, slots, strict=True))
         made: list[layers.Layer] = []
-        for layer in _leaves(self.peers[0].module):
+        for layer in leaves(self.peers[0].module):
             own = [next(left) for _ in layer.parameters()]
             (first, second), places = [*(weight for weight, _ in own), None, None][:2], [slot for _, slot in own]
             if isinstance(layer, nn.Linear):
@@ -171,10 +180,17 @@ class Stack:
         return _through(self._members, x)
 
     @torch.no_grad()
-    def back(self, gradient: Tensor, hint: Tensor | None = None) -> list[float]:  # noqa: ARG002 - there are no features
+    def back(self, gradient: Tensor, hint: Tensor | None = None, *, add: bool = False) -> None:  # noqa: ARG002 - there are no features
         """See `Group`."""
+        before = self._gradient.clone() if add else None
         for layer in reversed(self._members):
             gradient = layer.back(gradient)
+        if before is not None:
+            self._gradient.add_(before)
+
+    @torch.no_grad()
+    def clip(self) -> list[float]:
+        """See `Group`."""
         norms = self._gradient.norm(dim=1)
         said: list[float] = norms.tolist()
         if any(norm > peer.clip for norm, peer in zip(said, self.peers, strict=True)):
@@ -233,9 +249,9 @@ def _plain(optimizer: torch.optim.Optimizer) -> bool:
 
 def _architecture(peer: Peer | RiverPeer) -> str | None:
     """Describe a model so that those of one description can be stacked; None if it has layers that cannot be."""
-    if not isinstance(peer, Peer):
+    if not isinstance(peer, Peer) or peer.precision != torch.float32:
         return None
-    layers, parameters = list(_leaves(peer.module)), list(peer.module.parameters())
+    layers, parameters = list(leaves(peer.module)), list(peer.module.parameters())
     weighted = [layer for layer in layers if isinstance(layer, nn.Linear | nn.LayerNorm)]
     flattens = [layer for layer in layers if isinstance(layer, nn.Flatten)]
     known = (
@@ -250,12 +266,13 @@ def _architecture(peer: Peer | RiverPeer) -> str | None:
     return f"{peer.module!r} {peer.shapes()}" if known and weighted else None
 
 
-def _leaves(module: nn.Module) -> Iterator[nn.Module]:
+def leaves(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers of a model in order, those of sequences in it included."""
     if type(module) is not nn.Sequential or _hooked(module):
         yield module
     else:
         for layer in module:
-            yield from _leaves(layer)
+            yield from leaves(layer)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from worlds import stored
 
-from streamkd import Output, Peer
+from runners.settings import load
+from streamkd import Batch, Output, Peer
+from streamkd.config import build_engine
 from streamkd.models import mlp
 from streamkd.peer import MakeOptimizer
 
@@ -248,3 +251,37 @@ def test_a_model_may_return_plain_logits_or_an_output_with_features() -> None:
     assert torch.equal(told.predict(x).logits, plain.predict(x).logits)
     assert plain.predict(x).features is None
     assert told.learn(x).features is x
+
+
+def precise(precision: torch.dtype) -> Peer:
+    return Peer("a", partial(mlp, (6,), 3, widths=(16,)), partial(torch.optim.SGD, lr=0.1), precision=precision)
+
+
+def test_a_peer_of_another_precision_keeps_its_weights_and_says_nearly_the_same() -> None:
+    x, y = torch.randn(64, 6, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 3
+    rough, exact = precise(torch.bfloat16), precise(torch.float32)
+    for peer in (rough, exact):
+        for _ in range(20):
+            said = peer.learn(x).logits
+            assert said.dtype == torch.float32
+            functional.cross_entropy(said, y).backward()
+            peer.step(peer.clip_gradient())
+    for asked in ("predict", "predict_average"):
+        one, other = (getattr(peer, asked)(x).logits for peer in (rough, exact))
+        assert one.dtype == torch.float32
+        assert not torch.equal(one, other)
+        assert torch.allclose(one, other, atol=0.05)
+    assert {parameter.dtype for parameter in rough.module.parameters()} == {torch.float32}
+
+
+def test_peers_of_another_precision_are_asked_one_by_one_and_learn() -> None:
+    settings = load("default", ["precision=bfloat16", "max_classes=3"])
+    made = build_engine(settings, (6,))
+    assert len(made.cohort.groups) == len(made.cohort.peers)
+    chance = torch.Generator().manual_seed(1)
+    right = 0
+    for number in range(60):
+        x = torch.randn(16, 6, generator=chance)
+        report = made.step(Batch(x, x[:, :3].argmax(1)))
+        right += report.scored.correct("served") if number >= 40 else 0
+    assert right > 0.7 * 20 * 16

@@ -1,0 +1,150 @@
+import os
+import subprocess
+import sys
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_stack import BUILDS, CLASSES, FEATURES, Build, lesson, peers, same
+from worlds import stored
+
+from streamkd import UNLABELLED, Batch, Cohort, Distillation, Engine
+from streamkd.cohort import UNFIT
+from streamkd.fused import update
+from streamkd.lesson import Lesson
+from streamkd.losses import dist
+from streamkd.schedules import constant
+
+RULE = {"burn_in": 2, "alpha": constant(0.7), "temperature": constant(2.0), "beta": constant(0.8)}
+
+
+def cohorts(build: Build, optimizer: str = "sgd", **rule: Any) -> tuple[Cohort, Cohort]:
+    """One cohort as it is, and one by the function of a whole update, which is not compiled here."""
+    plain, fused = (Cohort(peers(build, optimizer), Distillation(**RULE | rule), compiled=it) for it in (False, True))
+    assert fused.fused is not None
+    fused.fused.update = update
+    return plain, fused
+
+
+def some(seed: int, n: int) -> Lesson:
+    """Records of which some have no label, and of which the last class was never met."""
+    made = lesson(seed, n)
+    y = torch.where(torch.arange(n) % 5 == 3, UNLABELLED, made.y.clamp(max=1))
+    return Lesson(made.x, y, made.weights * (1 + torch.arange(n) % 3))
+
+
+def learn(made: Cohort, updates: range, n: int = 12, **options: Any) -> list[Any]:
+    weights = torch.full((2 * len(made),), 1 / (2 * len(made)))
+    seen = torch.tensor([True, True])
+    told = []
+    for number in updates:
+        made.schedule(1, CLASSES)
+        told.append(made.learn(some(number, n), teacher=1, seen=seen, weights=weights, **options))
+    return told
+
+
+@pytest.mark.parametrize("n", [1, 12, 16, 20])
+@pytest.mark.parametrize("cap", [True, False])
+@pytest.mark.parametrize("gate", ["better", "soft", "open"])
+@pytest.mark.parametrize("scheme", ["leader", "mutual", "static"])
+def test_a_whole_update_comes_to_what_its_operations_come_to(scheme: str, gate: str, cap: bool, n: int) -> None:  # noqa: FBT001
+    plain, fused = cohorts(BUILDS["normed"], scheme=scheme, gate=gate, cap=cap, freeze_after=6)
+    for one, other in zip(learn(plain, range(9), n), learn(fused, range(9), n), strict=True):
+        for name in ("losses", "hard_losses", "soft_losses", "divergences", "betas"):
+            assert torch.allclose(getattr(one, name), getattr(other, name), rtol=1e-3, atol=1e-5), name
+        assert torch.equal(one.answers, other.answers)
+        assert one.norms == pytest.approx(other.norms, rel=1e-3, abs=1e-6)
+    assert fused.uncompiled == ""
+    assert same(plain, fused)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_every_architecture_that_is_put_together_can_be_fused(build: Build, optimizer: str) -> None:
+    plain, fused = cohorts(build, optimizer)
+    learn(plain, range(12))
+    learn(fused, range(12))
+    assert same(plain, fused)
+
+
+def test_a_record_at_fault_is_left_out_and_a_broken_teacher_teaches_nothing() -> None:
+    plain, fused = cohorts(BUILDS["normed"])
+    for made in (plain, fused):
+        learn(made, range(3))
+        broken = some(3, 12)
+        broken.x[4] = torch.inf
+        made.schedule(1, CLASSES)
+        told = made.learn(broken, teacher=1, seen=torch.tensor([True, True]), weights=torch.full((6,), 1 / 6))
+        assert told.faulty == (4,)
+        with torch.no_grad():
+            next(made.peers[1].module.parameters())[0, 0] = torch.nan  # type: ignore[union-attr]
+        told, *_ = learn(made, range(4, 5))
+        assert told.soft_losses[0].isfinite().all()
+        assert [peer.skipped for peer in made.peers] == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"scheme": "ensemble"}, {"loss": dist}, {"per_record": lambda *_: torch.ones(1)}],
+    ids=["ensemble", "loss", "per record"],
+)
+def test_what_has_to_be_looked_at_on_the_way_is_not_compiled_and_says_so(options: dict[str, Any]) -> None:
+    made = Cohort(peers(BUILDS["normed"]), Distillation(**options), compiled=True)
+    assert made.fused is None
+    assert made.uncompiled == UNFIT
+    assert Cohort(peers(BUILDS["normed"]), Distillation(**options)).uncompiled == ""
+
+
+def test_without_a_compiler_updates_are_made_as_ever(tmp_path: Path) -> None:
+    made = subprocess.run(
+        [sys.executable, "-c", WITHOUT],
+        env={**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 0, made.stderr
+    assert "ompiler" in made.stdout
+
+
+WITHOUT = """
+from test_fused import *
+plain, fused = (Cohort(peers(BUILDS["normed"]), Distillation(**RULE), compiled=it) for it in (False, True))
+learn(plain, range(5))
+learn(fused, range(5))
+assert same(plain, fused)
+print(fused.uncompiled)
+"""
+
+
+def engine(*, compiled: bool = True) -> Engine:
+    return Engine(peers(BUILDS["normed"]), CLASSES, distillation=Distillation(**RULE), compiled=compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a C++ compiler of another kind")
+def test_a_compiled_run_goes_on_from_its_checkpoint_and_one_that_is_not_reads_it() -> None:
+    torch._dynamo.reset()  # noqa: SLF001 - what other tests compiled
+    chance = torch.Generator().manual_seed(0)
+    stream = []
+    for _ in range(60):
+        x = torch.randn(16, FEATURES, generator=chance)
+        stream.append(Batch(x, (x[:, 0] > 0).long() + (x[:, 1] > 1).long()))
+    unbroken = engine()
+    for batch in stream:
+        unbroken.step(batch)
+    assert unbroken.cohort.uncompiled == ""
+    killed, resumed, plain = engine(), engine(), engine(compiled=False)
+    for batch in stream[:30]:
+        killed.step(batch)
+    state = stored(killed.state_dict())
+    for made in (resumed, plain):
+        made.load_state_dict(deepcopy(state))
+        for batch in stream[30:]:
+            made.step(batch)
+    x = torch.randn(50, FEATURES, generator=chance)
+    assert torch.equal(unbroken.predict(x), resumed.predict(x))
+    assert torch.allclose(unbroken.predict(x), plain.predict(x), atol=0.05)
