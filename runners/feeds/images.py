@@ -12,7 +12,10 @@ from pydantic import BeforeValidator, Field
 from runners.feeds import NONE, REPLAYABLE, DeadLetter, Refuse, orders
 from runners.feeds.classes import ClassMap
 from runners.feeds.decode import RefusedError
-from runners.feeds.image_sets import Channels, Fitted, ImageSet, Labels, arrays, columns, dataset_of, folder
+from runners.feeds.image_arrays import Channels, arrays
+from runners.feeds.image_columns import columns
+from runners.feeds.image_files import Fitted, dataset_of, folder
+from runners.feeds.image_sets import ImageSet, Labels
 from runners.feeds.orders import Order
 from streamkd.batch import UNLABELLED, Batch
 from streamkd.errors import CheckpointError, ConfigError, FeedError, short
