@@ -189,7 +189,8 @@ def distill(
     config
         A TOML file, or the name of a shipped configuration.
     data
-        CSV or JSON lines, plain or gzip; held in memory.
+        CSV or JSON lines, plain or gzip; Parquet or Arrow; images in an .npz file, or in a folder with a sub-folder a
+        class. Held in memory; images are learned as they are, without inputs.augment.
     """
     from runners.distill_command import main as runner
 

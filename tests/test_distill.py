@@ -1,12 +1,15 @@
 """`streamkd distill`, as a user types it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_commands import run_once, streamkd, table
 
+from runners.distill import Measured
+from runners.distill_command import _gain
 from streamkd import checkpoint
 
 
@@ -264,3 +267,9 @@ def test_labels_that_a_daemon_would_wait_for_come_with_the_records_of_a_history(
     )
     assert plain == delayed
     assert not Path("said.jsonl").exists()
+
+
+def test_a_gain_over_no_right_answer_at_all_is_a_gain() -> None:
+    alone = Measured("a", "labels", 1, alone=True, parameters=1, accuracy=0.0, log_loss=1.0, records_per_second=1.0)
+    assert _gain([replace(alone, alone=False, accuracy=0.5)], [alone]) == "+50.00"
+    assert _gain([replace(alone, alone=False, accuracy=None)], [alone]) == "-"
