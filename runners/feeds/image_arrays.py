@@ -81,7 +81,8 @@ def arrays(path: Path, *, x: str, y: str, id: str, channels: Channels, shape: Se
         raise
     except Exception as error:  # noqa: BLE001 - zipfile, zlib and numpy have no root in common
         raise FeedError(f"{at}: cannot be read: {reason(error)}; is it an .npz file of plain arrays?") from None
-    labels = found["y"].reshape(-1) if found["y"].size == len(found["y"]) else found["y"]
+    labels = np.atleast_1d(found["y"])
+    labels = labels.reshape(-1) if labels.size == len(labels) else labels
     for key, array in (("y", labels), ("id", found.get("id", labels))):
         if array.shape != found["x"].shape[:1]:
             raise ConfigError(
@@ -89,6 +90,8 @@ def arrays(path: Path, *, x: str, y: str, id: str, channels: Channels, shape: Se
                 f"{list(found['x'].shape)}; one value an image is needed"
             )
     pixels, broken = as_pixels(_upright(found["x"], names_of["x"], channels, shape), f"feed.x = {names_of['x']!r}")
+    if 0 in pixels.shape[1:]:
+        raise ConfigError(f"feed.x = {names_of['x']!r}: has shape {list(found['x'].shape)}; its images have no pixels")
     about = {"path": str(path), **{f"array {key}": name for key, name in names_of.items()}}
     return Arrays(pixels, labels, [str(name) for name in found.get("id", ())], broken, about)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from runners.feeds.decode import RefusedError
 from runners.feeds.formats import imported
-from runners.feeds.image_files import Encoded, Fitted
+from runners.feeds.image_files import FIRST_LOOK, Encoded, Fitted
 from runners.feeds.image_sets import ImageSet, Labels, single
 from runners.feeds.orders import Image
 from streamkd.errors import ConfigError, FeedError, reason
@@ -53,9 +53,20 @@ def columns(
     if types.is_struct(held.type) and "bytes" in [field.name for field in held.type]:
         held = pyarrow.chunked_array([chunk.field("bytes") for chunk in held.chunks], type=pyarrow.binary())
     if types.is_binary(held.type) or types.is_large_binary(held.type):
+        if shape:
+            raise ConfigError(
+                f"feed.shape = {list(shape)}: {image!r} holds encoded images, which have shapes of their own; "
+                "name feed.size and feed.channels, or nothing"
+            )
         return Encoded(lambda index: held[index].as_py(), labels, fitted, where=at, ids=ids, about=about)
     if types.is_fixed_size_list(held.type) or types.is_list(held.type) or types.is_large_list(held.type):
-        return _Pixels(held, labels, ids, _checked_shape(shape, held, image), about)
+        if any(fitted.shape):
+            raise ConfigError(
+                f"feed.size, feed.channels: {image!r} holds lists of pixels, which are not scaled; leave them out"
+            )
+        pixels = _Pixels(held, labels, ids, _checked_shape(shape, held, image), about)
+        pixels.look(f"feed.shape = {list(shape)}")
+        return pixels
     raise ConfigError(
         f"feed.image = {image!r}: is a column of {held.type}; images are bytes, {{bytes, path}} or lists of pixels"
     )
@@ -80,6 +91,23 @@ class _Pixels:
         self.shape, self.labels, self.ids, self.about = shape, labels, ids, about
         self.classes: Sequence[str] = ()
         self._held = held
+
+    def look(self, where: str) -> None:
+        """Find one among the first that has the shape.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        complaint = ""
+        for index in range(min(FIRST_LOOK, len(self.labels))):
+            try:
+                self.read(index)
+            except RefusedError as error:
+                complaint = complaint or error.detail
+            else:
+                return
+        if complaint:
+            raise ConfigError(f"{where}: none of the first images has it; the first: {complaint}")
 
     def read(self, index: int) -> Image:
         """See `ImageSet`."""

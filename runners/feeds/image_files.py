@@ -83,12 +83,26 @@ class Fitted:
                 picture = ImageOps.exif_transpose(Pillow.open(BytesIO(image)))
                 return _in_bytes(picture) if picture.mode.startswith("I") else picture
             if isinstance(image, Pillow.Image):
-                return image
-            pixels, _ = as_pixels(np.asarray(image)[None], "feed.dataset")
-            planes = pixels[0]
+                return _in_bytes(image) if image.mode.startswith("I") else image
+            planes = _finite(image)
             return Pillow.fromarray(planes[0] if len(planes) == 1 else np.moveaxis(planes, 0, 2))
+        except RefusedError:
+            raise
         except Exception as error:  # noqa: BLE001 - as above
             raise _unreadable(error) from None
+
+
+def _finite(image: Any) -> Image:
+    """Return the pixels of a tensor or an array as bytes.
+
+    Raises:
+        RefusedError: one is not a finite number.
+    """
+    pixels, broken = as_pixels(np.asarray(image)[None], "feed.dataset")
+    if broken:
+        raise RefusedError("not_finite", "one of its pixels is not a finite number")
+    planes: Image = pixels[0]
+    return planes
 
 
 def _in_bytes(picture: Any) -> Any:
@@ -99,7 +113,11 @@ def _in_bytes(picture: Any) -> Any:
 
 
 def _unreadable(error: Exception) -> RefusedError:
-    return RefusedError("malformed", f"not an image that can be read: {reason(error)}")
+    from PIL import UnidentifiedImageError  # noqa: PLC0415 - for images only
+
+    # What Pillow says of it is the address of an object.
+    said = "of no kind that is known" if isinstance(error, UnidentifiedImageError) else reason(error)
+    return RefusedError("malformed", f"not an image that can be read: {said}")
 
 
 class Encoded:
@@ -127,7 +145,8 @@ class Encoded:
         self.labels, self.classes, self.ids, self.about = labels, classes, ids, about
         self._fetch = lru_cache(maxsize=1)(fetch)  # what is read as an image is then asked for as it came
         self._fitted, self._names = fitted, names
-        fitted.look(map(partial(partial, self._got), range(len(labels))), where)
+        if len(labels):
+            fitted.look(map(partial(partial, self._got), range(len(labels))), where)
         self.shape = fitted.shape
 
     def _got(self, index: int) -> Any:
@@ -170,8 +189,18 @@ def folder(path: Path, fitted: Fitted) -> Encoded:
     if not classes:
         raise ConfigError(f"{at}: has no sub-folder; put the images of each class into one that is named after it")
     known = {suffix for suffix, kind in Pillow.registered_extensions().items() if kind in Pillow.OPEN}
-    files = [file for name in classes for file in sorted((path / name).rglob("*")) if file.is_file()]
-    images = [file for file in files if file.suffix.lower() in known and not file.name.startswith(".")]
+
+    def holds_image(file: Path) -> bool:
+        return file.suffix.lower() in known and not file.name.startswith(".")
+
+    # A link to nothing is a file that cannot be read, and is not passed over.
+    files = [
+        file
+        for name in classes
+        for file in sorted((path / name).rglob("*"))
+        if file.is_file() or (file.is_symlink() and not file.exists())
+    ]
+    images = [file for file in files if holds_image(file)]
     if not images:
         raise FeedError(f"{at}: there is no image in its sub-folders {', '.join(classes[:5])}")
     names = [str(file.relative_to(path)) for file in images]
@@ -183,7 +212,11 @@ def folder(path: Path, fitted: Fitted) -> Encoded:
         classes=classes,
         ids=names,
         names=names,
-        about={"path": str(path), "files that are no images by their name": len(files) - len(images)},
+        about={
+            "path": str(path),
+            "files that are no images by their name": len(files) - len(images),
+            "images in no sub-folder, which are left out": sum(map(holds_image, path.iterdir())),
+        },
     )
 
 

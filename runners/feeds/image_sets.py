@@ -78,4 +78,11 @@ def single(values: Any) -> Labels:
     plain = (bool, int, float, str, bytes)
     if all(type(label) is type(labels[0]) and isinstance(label, plain) for label in labels):
         return np.array(labels)
-    return np.array(["" if label is None else str(label) for label in labels])
+    return np.array(["" if label is None else written(label) for label in labels])
+
+
+def written(label: Any) -> str:
+    """Return a label as text: a whole number is written alike, whatever type holds it."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    return label.decode(errors="backslashreplace") if isinstance(label, bytes) else str(label)
