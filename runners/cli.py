@@ -159,7 +159,10 @@ def distill(
     epochs: Annotated[
         tuple[Count, ...],
         Parameter(
-            consume_multiple=True, negative="", help="Passes of the teacher and of each stage: one number, or each."
+            consume_multiple=True,
+            negative="",
+            show_default=lambda passes: " ".join(map(str, passes)),
+            help="Passes of the teacher and of each stage: one number, or each.",
         ),
     ] = (5,),
     holdout: Annotated[

@@ -207,6 +207,7 @@ BAD = [
     ("--label y --set feed.path=one.csv", 2, ["feed.label", "'class 1' is the only class", "240 records"]),
     ("--label y --set feed.path=none.csv", 2, ["feed.label", "none of the first 300 records"]),
     ("--label y --set feed.path=first.csv", 2, ["--holdout 0.2", "none of the last 60 records"]),
+    ("--label y --set feed.path=other.csv", 2, ["--holdout 0.2", "no class of the last 60 records"]),
     ("--label y --set feed.path=empty.csv", 3, ["feed.path", "empty.csv"]),
 ]
 
@@ -220,6 +221,9 @@ def test_a_mistake_is_told_on_one_screen(
     Path("one.csv").write_text("\n".join([header, *(f"{row},class 1" for row in bare)]), encoding="utf-8")
     Path("none.csv").write_text("\n".join([header, *(f"{row}," for row in bare)]), encoding="utf-8")
     Path("first.csv").write_text("\n".join([header, *rows[:200], *(f"{row}," for row in bare[200:])]), encoding="utf-8")
+    Path("other.csv").write_text(
+        "\n".join([header, *rows[:240], *(f"{row},z" for row in bare[240:])]), encoding="utf-8"
+    )
     Path("empty.csv").touch()
     data = next((part.rpartition("=")[2] for part in options.split() if part.startswith("feed.path=")), "d.csv")
     assert streamkd(monkeypatch, "distill", "compact", data, *options.split()) == code
