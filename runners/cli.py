@@ -159,7 +159,10 @@ def distill(
     epochs: Annotated[
         tuple[Count, ...],
         Parameter(
-            consume_multiple=True, negative="", help="Passes of the teacher and of each stage: one number, or each."
+            consume_multiple=True,
+            negative="",
+            show_default=lambda passes: " ".join(map(str, passes)),
+            help="Passes of the teacher and of each stage: one number, or each.",
         ),
     ] = (5,),
     holdout: Annotated[
@@ -189,7 +192,8 @@ def distill(
     config
         A TOML file, or the name of a shipped configuration.
     data
-        CSV or JSON lines, plain or gzip; held in memory.
+        CSV or JSON lines, plain or gzip; Parquet or Arrow; images in an .npz file, or in a folder with a sub-folder a
+        class. Held in memory; images are learned as they are, without inputs.augment.
     """
     from runners.distill_command import main as runner
 

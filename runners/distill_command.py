@@ -149,7 +149,11 @@ def _empty(caption: str, *headings: str) -> Table:
 def _gain(taught: Sequence[Measured], alone: Sequence[Measured]) -> str:
     """Return the points of accuracy that the teacher was worth, seed by seed."""
     pairs = zip(taught, alone, strict=True) if alone else ()
-    gains = [100 * (one.accuracy - other.accuracy) for one, other in pairs if one.accuracy and other.accuracy]
+    gains = [
+        100 * (one.accuracy - other.accuracy)
+        for one, other in pairs
+        if one.accuracy is not None and other.accuracy is not None
+    ]
     if not gains:
         return "-"
     return f"{mean(gains):+.2f}" + (f" ±{stdev(gains):.2f}" if len(gains) > 1 else "")

@@ -114,6 +114,11 @@ def evaluate(
         seconds = time.perf_counter() - began
         progress(1.0, tally.records)
         if not tally.scored:
+            if refused := sum(running.dead_letters.counts.values()):
+                raise ConfigError(
+                    f"feed: {refused:,} records were refused, and none that was not has a label; "
+                    f"see {configuration.dead_letters.path}"
+                )
             raise ConfigError("feed.label: no record has a label, so there is nothing to score; name the label column")
         classes = running.feed.describe().get("classes", [])
         return Evaluation(

@@ -39,7 +39,7 @@ class History:
         """Return the earlier records, and the last `holdout` of them all.
 
         Raises:
-            ConfigError: the earlier ones have not two classes, or the later ones no label.
+            ConfigError: the earlier ones have not two classes, or the later ones no label, or none that was learned.
         """
         first = len(self) - round(holdout * len(self))
         earlier, later = self._rows(slice(first)), self._rows(slice(first, None))
@@ -54,6 +54,12 @@ class History:
             raise ConfigError(
                 f"--holdout {holdout}: none of the last {len(later):,} records has a label to be measured by; "
                 "give a larger share, or 0 to measure nothing"
+            )
+        if len(later) and not bool(torch.isin(later.y[labelled(later.y)], torch.tensor(met)).any()):
+            raise ConfigError(
+                f"--holdout {holdout}: no class of the last {len(later):,} records is in the {len(earlier):,} before "
+                "them, so no answer could be right; give a smaller share, 0 to measure nothing, or, of images, "
+                "feed.order = 'shuffled'"
             )
         return earlier, later
 

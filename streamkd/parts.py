@@ -27,7 +27,7 @@ def make(part: Part, family: ModuleType | Mapping[str, str], key: str, **given: 
     """
     factory = find(part, family, key, given=tuple(given))
     passed = {name: value for name, value in given.items() if name in parameters(factory)}
-    checked = factory if inspect.isclass(factory) else validate_call(factory)
+    checked = validate_call(factory) if inspect.isfunction(factory) else factory  # nothing else can be checked
     try:
         return checked(**passed, **part.options)
     except ValidationError as error:

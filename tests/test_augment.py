@@ -163,6 +163,8 @@ def test_what_is_remembered_is_the_image_as_it_came() -> None:
         ("[{kind='RandomCrop', size=3}]", r"inputs\.augment\.0 = .*makes \[2, 3, 3, 3\].*they must stay such"),
         ("[{kind='Resize', size='a'}]", r"inputs\.augment\.0 = "),
         ("[3]", r"inputs\.augment\.0"),
+        ("['os:getcwd']", r"inputs\.augment\.0 = .*os:getcwd"),
+        ("['test_augment:READY']", r"inputs\.augment\.0 = .*READY"),
     ],
 )
 def test_an_augmentation_that_does_not_fit_is_refused_at_start(value: str, says: str) -> None:
@@ -180,6 +182,10 @@ def test_records_that_are_no_images_are_not_augmented() -> None:
 def test_one_or_several_by_name_or_of_ones_own(value: str) -> None:
     engine = build_engine(load("images", [f"inputs.augment={value}"]), (3, 8, 8))
     assert (engine.augment is None) == (value == "[]")
+
+
+READY = torch.nn.Flatten()
+"""Made already: no factory of an augmentation."""
 
 
 def inverted(*, by: int) -> Callable[[Tensor], Tensor]:

@@ -1,12 +1,15 @@
 """`streamkd distill`, as a user types it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_commands import run_once, streamkd, table
 
+from runners.distill import Measured
+from runners.distill_command import _gain
 from streamkd import checkpoint
 
 
@@ -204,6 +207,7 @@ BAD = [
     ("--label y --set feed.path=one.csv", 2, ["feed.label", "'class 1' is the only class", "240 records"]),
     ("--label y --set feed.path=none.csv", 2, ["feed.label", "none of the first 300 records"]),
     ("--label y --set feed.path=first.csv", 2, ["--holdout 0.2", "none of the last 60 records"]),
+    ("--label y --set feed.path=other.csv", 2, ["--holdout 0.2", "no class of the last 60 records"]),
     ("--label y --set feed.path=empty.csv", 3, ["feed.path", "empty.csv"]),
 ]
 
@@ -217,6 +221,9 @@ def test_a_mistake_is_told_on_one_screen(
     Path("one.csv").write_text("\n".join([header, *(f"{row},class 1" for row in bare)]), encoding="utf-8")
     Path("none.csv").write_text("\n".join([header, *(f"{row}," for row in bare)]), encoding="utf-8")
     Path("first.csv").write_text("\n".join([header, *rows[:200], *(f"{row}," for row in bare[200:])]), encoding="utf-8")
+    Path("other.csv").write_text(
+        "\n".join([header, *rows[:240], *(f"{row},z" for row in bare[240:])]), encoding="utf-8"
+    )
     Path("empty.csv").touch()
     data = next((part.rpartition("=")[2] for part in options.split() if part.startswith("feed.path=")), "d.csv")
     assert streamkd(monkeypatch, "distill", "compact", data, *options.split()) == code
@@ -264,3 +271,9 @@ def test_labels_that_a_daemon_would_wait_for_come_with_the_records_of_a_history(
     )
     assert plain == delayed
     assert not Path("said.jsonl").exists()
+
+
+def test_a_gain_over_no_right_answer_at_all_is_a_gain() -> None:
+    alone = Measured("a", "labels", 1, alone=True, parameters=1, accuracy=0.0, log_loss=1.0, records_per_second=1.0)
+    assert _gain([replace(alone, alone=False, accuracy=0.5)], [alone]) == "+50.00"
+    assert _gain([replace(alone, alone=False, accuracy=None)], [alone]) == "-"

@@ -21,6 +21,9 @@ from worlds import stored
 from runners.bench.kill import RECORDS, kill_loop
 from runners.feeds import DeadLetter
 from runners.feeds.conformance import CLASSES, LAWS, Law, Row, Stand
+from runners.feeds.decode import RefusedError
+from runners.feeds.image_files import Fitted
+from runners.feeds.image_sets import single, written
 from runners.feeds.images import ImageFeed, image_folder, npz, torchvision
 from runners.feeds.rows import table_file
 from runners.settings import load
@@ -454,3 +457,108 @@ def test_a_set_is_evaluated_checked_run_and_inspected_by_its_name_alone(
     said("run", "images", *settings)
     found = json.loads(said("inspect", "checkpoints", "--json"))
     assert found["position"]["place"] == found["records"] == 24
+
+
+def test_a_class_may_be_written_with_white_space_around_it(tmp_path: Path) -> None:
+    for name in ("cat", "dog ", "nan"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(encoded(pictures(1, 3, 3)[0]))
+    feed = image_folder(tmp_path, refuse=nobody, **COMMON)
+    assert [label for batch in drained(feed) for label in batch.y.tolist()] == [0, 1, 2]
+    assert feed.describe()["classes"] == ["cat", "dog ", "nan"]
+
+
+def test_every_file_of_a_folder_is_learned_refused_or_counted(tmp_path: Path) -> None:
+    for name in ("a/0.png", "a/deep/1.png", "b/2.png", "loose.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encoded(pictures(1, 3, 3)[0]))
+    (tmp_path / "b" / "empty.png").touch()
+    (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "b" / "notes.txt").touch()
+    refused: list[DeadLetter] = []
+    feed = image_folder(tmp_path, refuse=refused.append, **COMMON)
+    assert sum(len(batch) for batch in drained(feed)) == 3
+    assert [letter.place["file"] for letter in refused] == ["b/empty.png", "b/gone.png"]
+    assert [value for key, value in feed.describe().items() if "no " in key] == [1, 1]
+    assert "0x" not in refused[0].detail
+
+
+def test_a_folder_with_other_files_of_the_same_classes_is_not_the_checkpoints(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        (tmp_path / "ab"[number % 2] / f"{number}.png").write_bytes(encoded(pictures(1, 3, 3)[0]))
+    position = image_folder(tmp_path, refuse=nobody, **COMMON).position()
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "9.png")
+    with pytest.raises(CheckpointError, match="not the set of images that it was"):
+        image_folder(tmp_path, refuse=nobody, **COMMON).seek(position)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "says"),
+    [
+        (pictures(1, 3, 3)[0], 1, r"feed\.y = 'y': has shape"),
+        (pictures(2, 3, 3), 1, r"feed\.y = 'y': has shape"),
+        (np.uint8(3), [1], r"feed\.y = 'y': has shape"),
+        (pictures(2, 0, 3), [0, 1], r"feed\.x = 'x': has shape \[2, 0, 3\]; its images have no pixels"),
+    ],
+)
+def test_arrays_that_are_no_set_of_images_are_refused(x: Any, y: Any, says: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    with pytest.raises(ConfigError, match=says):
+        npz(tmp_path / "d.npz", refuse=nobody, **COMMON)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options", "error", "says"),
+    [
+        (False, {"shape": [1, 3, 3]}, ConfigError, r"feed\.shape = \[1, 3, 3\]: 'image' holds encoded images"),
+        (
+            True,
+            {"shape": [1, 3, 3], "size": 3},
+            ConfigError,
+            r"feed\.size, feed\.channels: .*lists of pixels",
+        ),
+        (True, {"shape": [1, 3, 4]}, ConfigError, r"feed\.shape = \[1, 3, 4\]: none of .*the first: 9 pixels"),
+        (None, {}, FeedError, "there is no image in it"),
+    ],
+)
+def test_no_setting_of_a_column_of_images_is_passed_over(
+    pixels: bool | None,  # noqa: FBT001 - a case
+    options: dict[str, Any],
+    error: type[StreamkdError],
+    says: str,
+    tmp_path: Path,
+) -> None:
+    images = [] if pixels is None else list(pictures(3, 3, 3))
+    held = pa.array([list(image.ravel()) if pixels else encoded(image) for image in images])
+    table = pa.table({"image": held if images else pa.array([], pa.binary()), "label": list("aba")[: len(images)]})
+    if pixels:
+        table = table.set_column(0, "image", held.cast(pa.list_(pa.uint8())))
+    parquet.write_table(table, tmp_path / "d.parquet")
+    given: dict[str, Any] = {"image": "image", "label": "label", **COMMON, **options}
+    with pytest.raises(error, match=says):
+        table_file(tmp_path / "d.parquet", kind="parquet", refuse=nobody, **given)
+
+
+@settings(max_examples=20, deadline=None)
+@given(labels=st.lists(st.integers(-9, 9), min_size=2, max_size=5, unique=True), unknown=st.booleans())
+def test_a_whole_number_is_the_same_class_whatever_type_holds_it(labels: list[int], unknown: bool) -> None:  # noqa: FBT001
+    gap = [None] if unknown else []
+    names = [[written(label) for label in single([*map(kind, labels), *gap]).tolist()] for kind in (int, float, str)]
+    assert names[0] == names[1] == names[2] == [*map(str, labels), *([""] if unknown else [])]
+
+
+def test_what_a_dataset_gives_is_held_to_the_same_as_files() -> None:
+    fitted = Fitted((2, 2), 1)
+    gray = Image.fromarray(np.full((2, 2), 40_000, dtype=np.uint16))
+    assert fitted(gray).tolist() == [[[156, 156], [156, 156]]]
+    with pytest.raises(RefusedError, match="not a finite number"):
+        fitted(torch.tensor([[[0.5, float("nan")], [0.0, 1.0]]]))
+
+
+def test_a_set_of_which_every_record_is_refused_is_told_as_such(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert streamkd(monkeypatch, "eval", "images", str(small), "--set", "feed.classes=[x, y]") == 2
+    assert "60 records were refused" in " ".join(capsys.readouterr().err.split())

@@ -12,7 +12,10 @@ from pydantic import BeforeValidator, Field
 from runners.feeds import NONE, REPLAYABLE, DeadLetter, Refuse, orders
 from runners.feeds.classes import ClassMap
 from runners.feeds.decode import RefusedError
-from runners.feeds.image_sets import Channels, Fitted, ImageSet, Labels, arrays, columns, dataset_of, folder
+from runners.feeds.image_arrays import Channels, arrays
+from runners.feeds.image_columns import columns
+from runners.feeds.image_files import Fitted, dataset_of, folder
+from runners.feeds.image_sets import ImageSet, Labels, written
 from runners.feeds.orders import Order
 from streamkd.batch import UNLABELLED, Batch
 from streamkd.errors import CheckpointError, ConfigError, FeedError, short
@@ -79,7 +82,8 @@ class ImageFeed:
         self._images, self._classes, self._refuse = images, classes, refuse
         self._rule = rule.model_dump()
         self._strange = strange
-        self._digest = crc32(order.labels.tobytes(), crc32(order.indices.tobytes()))
+        names = "\0".join(images.ids).encode(errors="surrogatepass")
+        self._digest = crc32(names, crc32(order.labels.tobytes(), crc32(order.indices.tobytes())))
         self._place = self._records = 0
 
     def poll(self, records: int) -> Batch | None:
@@ -144,7 +148,7 @@ class ImageFeed:
         if (position["of"], position["digest"]) != (now["of"], now["digest"]):
             raise CheckpointError(
                 f"feed: is not the set of images that it was: {now['of']:,} records, and {position['of']:,} when the "
-                "checkpoint was made; records, labels and their order count; give it back, or start afresh with "
+                "checkpoint was made; records, their names, labels and order count; give it back, or start afresh with "
                 "another checkpoint.directory"
             )
         self._place, self._records = position["place"], position["records"]
@@ -218,7 +222,8 @@ def numbered(
         `[n]` class indices, the names that they stand for, and what is written where no class is meant, by record.
     """
     values, inverse = np.unique(labels, return_inverse=True)
-    texts = [_text(value) for value in values.tolist()]
+    # White space around a label means nothing, but where a class is written with it, as a folder may be.
+    texts = [text if (text := written(value)) in classes else text.strip() for value in values.tolist()]
     unknown = {"nan", *missing}
     present = [text for text in dict.fromkeys(texts) if text not in unknown]
     names = list(classes) or sorted(present, key=_rank)
@@ -227,12 +232,6 @@ def numbered(
     strange = [text for text in present if text not in index]
     places = np.flatnonzero(np.isin(np.array(texts)[inverse], strange)).tolist() if strange else []
     return y, names, {place: texts[inverse[place]] for place in places}
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return (value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)).strip()
 
 
 def _rank(name: str) -> tuple[bool, int, str]:
