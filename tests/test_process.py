@@ -268,3 +268,13 @@ def test_two_processes_do_not_save_in_one_place(
 def test_systemd_that_has_gone_is_no_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent/notify")
     notify("READY=1")
+
+
+@pytest.mark.slow
+def test_what_cannot_be_compiled_is_told_once_and_learned_all_the_same() -> None:
+    table(Path("d.csv"), 2_000)
+    settings = ("feed.path=d.csv", "feed.label=y", "http.port=0", "compile=true", "distillation.scheme=ensemble")
+    with started("run", "default", *(f"--set={pair}" for pair in settings)) as daemon:
+        assert "peers of one architecture" in told(daemon, "not compiled")["reason"]
+        assert told(daemon, "feed ended")["records"] == 2_000
+        assert daemon.wait(timeout=20) == 0
