@@ -6,7 +6,8 @@ prioritized memories of the past. To read in this order: `batch`, `engine`, `coh
 """
 
 from streamkd.batch import UNLABELLED, Batch, Output
-from streamkd.cohort import Cohort, Distillation
+from streamkd.cohort import Cohort
+from streamkd.distillation import Distillation
 from streamkd.drift import DriftWatch
 from streamkd.engine import Engine
 from streamkd.errors import StreamkdError

@@ -2,40 +2,32 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamkd import schemes, stream_classes
+from streamkd import schemes
 from streamkd.batch import Output, labelled
 from streamkd.capacity import Capacity
+from streamkd.distillation import Distillation
 from streamkd.faults import at_fault
-from streamkd.features import FeatureLoss
+from streamkd.fitting import Fitting
 from streamkd.fused import Fused, fits
 from streamkd.gradients import slope, with_gradient
 from streamkd.lesson import Learned, Lesson, side_by_side
 from streamkd.logits import UNSEEN, cross_entropy, labels_loss, mask_unseen
-from streamkd.losses import Loss, kd
 from streamkd.peer import Peer
 from streamkd.report import SERVED
 from streamkd.river_peer import RiverPeer
-from streamkd.schedules import Curriculum, Schedule, Signals, competence, constant, loss_driven
+from streamkd.schedules import Curriculum, Signals
 from streamkd.stack import Stack, grouped
-from streamkd.views import View
 
-_T = TypeVar("_T")
 STUCK = 8
 """Updates in a row without a finite gradient after which a peer is rolled back, or restarted."""
-
-
-ALL = 1 << 31
-"""Rows that are answered or learned at once: as many as there are."""
-GROW_EVERY = 256
-"""Answers and updates with fewer rows at once, after which twice as many are tried."""
 UNFIT = (
     "it takes peers of one architecture, made of linear layers, layer norm and functions of one number, that teach one "
     "another by the loss kd at one temperature for all records, without features or capacities measured meanwhile"
@@ -43,68 +35,6 @@ UNFIT = (
 """What stands in the way of compiling an update."""
 FUTILE = 8
 """Restarts of every peer, without one step between them, after which learning is given up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Distillation:
-    """How peers teach one another.
-
-    Attributes:
-        scheme: who teaches whom: the name of one of the functions of `schemes`.
-        loss: what a student learns, per example.
-        temperature: a schedule, a value a student.
-        per_record: from that to a value a record, of the functions of `per_record`; None for all alike.
-        alpha: a schedule, a value a pair: the weight of the distillation.
-        widest_gap: the ratio of a teacher's capacity to its student's past which alpha is weakened, by the ratio of
-            this to it.
-        beta: a schedule, a value a student: the weight of the labels.
-        features: what a student learns from the features of its teacher, per example, of the functions of `features`;
-            None for nothing. It needs `Tapped` models, and teachers that are peers themselves.
-        feature_weight: a schedule, a value a pair: the weight of that.
-        gate: `better` drops a lesson on records where the teacher is not closer to the label than the student; `soft`
-            weighs it by 2 sigmoid(2 (CE_student - CE_teacher)); `open` takes every lesson.
-        cap: on no record may the distillation's gradient at the logits outweigh the label's.
-        stream_classes: among which classes the labels of a batch are told apart: one of the functions of
-            `stream_classes`.
-        views: each makes, of raw inputs `[n, ...]`, harder ones. The first is given the records, every other what the
-            one before it made; all these views are learned, and what a student learns on each is what its teacher
-            says of the next harder one, of the hardest on itself (the distillation chain of Wang et al. 2024, there
-            between two peers; what weighs there by the sum over views does here by their mean). None: no views.
-        burn_in: updates before any distillation.
-        freeze_after: for `static`, in updates.
-        unlabelled: the weight of records that will never have a label: beside records that have one, all peers learn
-            the served answer to them where it gives a class at least `confidence` (Lee 2013, softly). 0: nothing is
-            learned from them, and the pool does not count what was answered to them.
-        confidence: likewise.
-        doubt: the share of that answer which is spread evenly over the classes instead.
-        interpolate: up to which share such a record is mixed with another one, inputs and answers alike; 0 for none.
-        temperature_boost, rate_boost, effort_boost: factors on temperature, learning rate and updates a batch at an
-            alarm, fading by half every `boost_half_life` updates.
-    """
-
-    scheme: str = "leader"
-    loss: Loss = kd
-    temperature: Schedule = field(default_factory=loss_driven)
-    per_record: Loss | None = None
-    alpha: Schedule = field(default_factory=competence)
-    widest_gap: float = math.inf
-    beta: Schedule = field(default_factory=lambda: constant(1.0))
-    features: FeatureLoss | None = None
-    feature_weight: Schedule = field(default_factory=lambda: constant(1.0))
-    gate: str = "better"
-    cap: bool = True
-    stream_classes: Callable[[Tensor, int], Tensor | None] = stream_classes.seen
-    views: Sequence[View] = ()
-    burn_in: int = 10
-    freeze_after: int = 1_000
-    unlabelled: float = 1.0
-    confidence: float = 0.0
-    doubt: float = 0.1
-    interpolate: float = 0.5
-    temperature_boost: float = 1.0
-    rate_boost: float = 1.0
-    effort_boost: float = 3.0
-    boost_half_life: int = 64
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -164,9 +94,7 @@ class Cohort:
         self.groups = grouped(self.peers)
         order = [index for group in self.groups for index in group.members]
         self.places = None if order == list(range(size)) else torch.tensor(order).argsort()
-        # What fits is the device's, and no state: a checkpoint may be taken up by another.
-        self.at_once = ALL
-        self.fitted = 0  # times that so many did, since they were cut down
+        self.fitting = Fitting(self._discard)
         self._wanted = compiled
         self.fused = self._fused() if compiled else None
         self._lessons: _Lessons | None = None
@@ -180,10 +108,10 @@ class Cohort:
         """Answer `x` `[n, ...]`: logits `[2 * peers, n, classes]`, the peers' first, then their averages'."""
 
         def answer() -> Tensor:
-            said = [self._predict(part) for part in torch.split(x, self.at_once)]
+            said = [self._predict(part) for part in torch.split(x, self.fitting.at_once)]
             return said[0] if len(said) == 1 else torch.cat(said, 1)
 
-        return self._fitting(answer, len(x))
+        return self.fitting(answer, len(x))
 
     def _predict(self, x: Tensor) -> Tensor:
         said = [group.predict(x) for group in self.groups]
@@ -249,7 +177,7 @@ class Cohort:
             weights: `[2 * peers]`, of the members in the served answer, for the `ensemble` scheme.
         """
         backward = partial(self._backward, teacher=teacher, seen=seen, weights=weights)
-        learned = self._fitting(lambda: self._compiled(lesson, teacher, seen) or backward(lesson), len(lesson))
+        learned = self.fitting(lambda: self._compiled(lesson, teacher, seen) or backward(lesson), len(lesson))
         if not learned.finite:
             learned = self._without_faulty(lesson, learned, backward)
         if len(learned.faulty) < len(lesson):
@@ -257,25 +185,6 @@ class Cohort:
         self.mend(teacher)
         self.updates += 1
         return learned
-
-    def _fitting(self, work: Callable[[], _T], rows: int) -> _T:
-        """Do what takes so many rows, `at_once` of them at once: half as many whenever the device's memory runs out.
-
-        Nothing of it is kept when that happens; it is all done again. After a while more rows are tried.
-        """
-        if self.at_once < ALL:
-            self.fitted += 1
-            if self.fitted % GROW_EVERY == 0:
-                self.at_once = 2 * self.at_once if self.at_once < rows else ALL
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError:
-                if min(rows, self.at_once) <= 1:
-                    raise
-            # Out here, where the exception no longer holds on to the tensors that were in the way.
-            self._discard()
-            self.at_once, self.fitted = -(-min(rows, self.at_once) // 2), 0
 
     @property
     def uncompiled(self) -> str:
@@ -288,16 +197,15 @@ class Cohort:
         """Return what compiles updates; None where something in them has to be looked at on the way."""
         rule = self.distillation
         by_itself = rule.per_record is None and rule.features is None and not isinstance(rule.temperature, Curriculum)
-        taught_by_peers = rule.scheme in {"leader", "static", "mutual"}
         measured = self.capacity is not None and self.capacity.online
-        if not (by_itself and taught_by_peers and not measured and fits(self.groups, rule.loss)):
+        if not (by_itself and rule.by_peers and not measured and fits(self.groups, rule.loss)):
             return None
         return Fused(cast("Stack", self.groups[0]), loss=rule.loss, gate=rule.gate, cap=rule.cap)
 
     def _compiled(self, lesson: Lesson, teacher: int, seen: Tensor) -> Learned | None:
         """Bring every peer its gradient like `_backward`; None where this lesson is not for the compiled function."""
         rule = self._lessons = self._lessons or self._prepare(lesson.weights)
-        if self.fused is None or not lesson.plain or not rule.teach or len(lesson) > self.at_once:
+        if self.fused is None or not lesson.plain or not rule.teach or len(lesson) > self.fitting.at_once:
             return None
         pairs = (rule.sources, rule.students, rule.alphas, rule.portions, rule.temperatures, rule.betas)
         told = self.fused(lesson, seen, pairs)
@@ -318,7 +226,7 @@ class Cohort:
     def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Bring every peer its gradient, clipped; take no step yet."""
         norms = [0.0] * len(self)
-        parts = lesson.split(self.at_once)
+        parts = lesson.split(self.fitting.at_once)
         told = [self._bring(part, norms, seen=seen, weights=weights, add=part is not parts[0]) for part in parts]
         for group in self.groups:
             for index, norm in zip(group.members, group.clip(), strict=True):
@@ -430,7 +338,7 @@ class Cohort:
         taught, charged = self._taught(logits, hard, lesson, rule, seen=seen, weights=weights)
         if harder is not None:
             taught, charged = taught[:, harder], charged[:, harder]
-        gate = self._gate(hard[rule.students], charged)
+        gate = self.distillation.weighed(hard[rule.students], charged)
         if not math.isfinite(float(taught.sum())):  # a teacher that broke down teaches nothing
             sound = taught.isfinite().all(-1)
             taught, gate = torch.where(sound[..., None], taught, 0.0), gate.nan_to_num(0.0) * sound
@@ -469,7 +377,12 @@ class Cohort:
             if not weight or own is None or taught is None or compared is None or not isinstance(peer, Peer):
                 continue
             taught = taught.detach()
-            gate = self._gate(hard[student], hard[source]) * labelled(lesson.y) * weight / students.count(student)
+            gate = (
+                self.distillation.weighed(hard[student], hard[source])
+                * labelled(lesson.y)
+                * weight
+                / students.count(student)
+            )
             if not bool(taught.isfinite().all()):  # a teacher that broke down teaches nothing
                 continue
             loss = compared(peer.adapt(self.names[source], own, taught), taught)
@@ -482,7 +395,7 @@ class Cohort:
         self, logits: Tensor, hard: Tensor, lesson: Lesson, rule: "_Lessons", *, seen: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Each pair's teacher: its logits `[pairs, m, classes]`, and what the labels charge it with, `[pairs, m]`."""
-        if self.distillation.scheme in {"leader", "static", "mutual"}:
+        if self.distillation.by_peers:
             return logits[rule.sources], hard[rule.sources]
         averages = mask_unseen(self.predict(lesson.x)[len(self) :, :, : len(seen)], seen)
         members = torch.cat([logits, averages])
@@ -490,15 +403,6 @@ class Cohort:
         served = log_p.nan_to_num(nan=UNSEEN).logsumexp(0)
         taught = torch.cat([members, served[None]])[rule.sources]
         return taught, cross_entropy(_among(taught, lesson.among), lesson.y)
-
-    def _gate(self, student: Tensor, teacher: Tensor) -> Tensor:
-        match self.distillation.gate:
-            case "better":
-                return (teacher < student).to(student)
-            case "soft":
-                return 2 * torch.sigmoid(2 * (student - teacher))
-            case _:
-                return torch.ones_like(student)
 
     def _frozen(self, index: int, teacher: int) -> bool:
         rule = self.distillation

@@ -25,7 +25,7 @@ from streamkd import (
     views,
 )
 from streamkd.batch import Output
-from streamkd.cohort import Distillation
+from streamkd.distillation import Distillation
 from streamkd.engine import Engine
 from streamkd.errors import ConfigError
 from streamkd.inputs import Raw, Standardiser

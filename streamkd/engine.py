@@ -13,7 +13,8 @@ from torch.nn import functional
 from streamkd import chance
 from streamkd.batch import UNLABELLED, Batch, labelled
 from streamkd.capacity import Capacity
-from streamkd.cohort import Cohort, Distillation
+from streamkd.cohort import Cohort
+from streamkd.distillation import Distillation
 from streamkd.drift import DriftWatch, adwin
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Answers, Pending

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamkd.batch import UNLABELLED
+from streamkd.distillation import gated
 from streamkd.errors import reason
 from streamkd.gradients import with_gradient
 from streamkd.lesson import Lesson
@@ -129,7 +130,7 @@ def update(
     taught = logits[sources]
     sound = taught.isfinite().all(-1)
     taught = torch.where(sound[..., None], taught, 0.0)
-    gate = _gate(teaching.gate, hard[students], hard[sources]).nan_to_num(0.0) * sound * alphas
+    gate = gated(teaching.gate, hard[students], hard[sources]).nan_to_num(0.0) * sound * alphas
     loss, lesson_gradient = with_gradient(
         teaching.loss, logits[students], taught, y, temperature=temperatures, weights=gate
     )
@@ -169,13 +170,3 @@ def _answer(layers: Sequence[nn.Module], x: Tensor, weights: Sequence[Tensor]) -
         elif not isinstance(layer, nn.Flatten):
             x = layer(x)
     return x
-
-
-def _gate(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
-    match kind:
-        case "better":
-            return (teacher < student).to(student)
-        case "soft":
-            return 2 * torch.sigmoid(2 * (student - teacher))
-        case _:
-            return torch.ones_like(student)

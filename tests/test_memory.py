@@ -10,7 +10,7 @@ from test_stack import CLASSES, FEATURES, Build, lesson, same
 from torch import Tensor, nn
 
 from streamkd import UNLABELLED, Batch, Cohort, Distillation, Engine, Peer, ReplayBuffer
-from streamkd.cohort import ALL, GROW_EVERY
+from streamkd.fitting import ALL, GROW_EVERY
 from streamkd.lesson import Lesson
 from streamkd.models import mlp
 from streamkd.schedules import constant
@@ -64,14 +64,14 @@ def test_a_full_device_learns_every_record_once_and_the_same(room: int, n: int) 
         assert torch.allclose(learn(narrow, number, n), learn(wide, number, n), atol=1e-4)
     assert same(narrow, wide)
     assert [peer.taken for peer in narrow.peers if isinstance(peer, Peer)] == [4] * 3
-    assert min(n, narrow.at_once) <= max(room, 1)
+    assert min(n, narrow.fitting.at_once) <= max(room, 1)
 
 
 @pytest.mark.parametrize("at_once", [1, 5, 12])
 def test_peers_side_by_side_learn_in_parts_what_they_learn_at_once(at_once: int) -> None:
     build = partial(mlp, (FEATURES,), CLASSES, widths=(8, 6), layer_norm=True)
     parts, whole = (Cohort([Peer(str(i), build, clip=0.3, seed=i) for i in range(3)], RULE) for _ in range(2))
-    parts.at_once = at_once
+    parts.fitting.at_once = at_once
     for number in range(6):
         assert torch.allclose(learn(parts, number, 12), learn(whole, number, 12), atol=1e-4)
     assert same(parts, whole)
@@ -81,14 +81,14 @@ def test_when_there_is_room_again_it_is_used() -> None:
     taken: list[int] = []
     made = cohort(10, taken)
     learn(made, 0, 40)
-    assert made.at_once == 10
+    assert made.fitting.at_once == 10
     for peer in made.peers:
         for model in (peer.module, peer.average):  # type: ignore[union-attr]
             model.room = 100  # type: ignore[union-attr, assignment]
     for number in range(4 * GROW_EVERY):
         made.schedule(1, CLASSES)
         learn(made, number, 40)
-    assert made.at_once == ALL
+    assert made.fitting.at_once == ALL
     assert taken[-1] == 40
 
 
@@ -104,4 +104,4 @@ def test_an_engine_on_a_full_device_scores_and_learns_every_record() -> None:
         x = torch.randn(16, FEATURES, generator=chance)
         report = made.step(Batch(x, (x[:, 0] > 0).long()))
         assert len(report.scored.y) == report.trained == 16
-    assert made.cohort.at_once <= 7
+    assert made.cohort.fitting.at_once <= 7
