@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,9 +88,21 @@ def mqtt_place(folder: Path) -> Iterator[Place]:
     client.reconnect_delay_set(0.1, 0.2)
     client.on_message = lambda _client, _data, message: found.append(message.payload)
     client.on_connect = lambda client, *_: client.subscribe("out", qos=1)
+    subscribed = threading.Event()
+    client.on_subscribe = lambda *_: subscribed.set()
     client.connect("127.0.0.1", broker.port)
     client.loop_start()
-    yield Place(broker, ("kind=mqtt", f"url=mqtt://127.0.0.1:{broker.port}", "topic=out"), lambda: found)
+    assert subscribed.wait(20)  # what is published before is for nobody
+
+    def received() -> list[bytes]:
+        """Wait until no more comes: a publisher may hear of its message sooner than a reader."""
+        count = -1
+        while len(found) != count:
+            count = len(found)
+            time.sleep(0.5)
+        return found
+
+    yield Place(broker, ("kind=mqtt", f"url=mqtt://127.0.0.1:{broker.port}", "topic=out"), received)
     client.disconnect()
     client.loop_stop()
     broker.stop()
