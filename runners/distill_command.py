@@ -104,9 +104,10 @@ def _as_json(distilled: Distilled, read: History, refused: Mapping[str, int]) ->
 def _table(done: Sequence[Distilled]) -> Table:
     """Return the figures for people: percent, and mean with standard deviation where there are several seeds."""
     first = done[0]
+    measure = f"the {first.held_out:,} after them measure" if first.held_out else "none held out to measure on"
     caption = (
-        f"{first.learned:,} records learned in batches of {first.configuration.batch}, "
-        f"the {first.held_out:,} after them measure; {first.plan.teacher} teaches"
+        f"{first.learned:,} records learned in batches of {first.configuration.batch}, {measure}; "
+        f"{first.plan.teacher} teaches"
     )
     if len(done) > 1:
         caption += f"; mean and standard deviation of seeds {', '.join(str(one.configuration.seed) for one in done)}"

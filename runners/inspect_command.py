@@ -46,7 +46,7 @@ def main(directory: Path, *, as_json: bool) -> None:
 def _print(found: dict[str, Any], console: Console) -> None:
     overview = Table(title=Text(found["path"]), title_justify="left", show_header=False)
     for key in ("step", "records", "accuracy", "teacher", "digest", "configuration"):
-        overview.add_row(key, Text(str(found[key])))
+        overview.add_row(key, Text("-" if found[key] is None else str(found[key])))
     overview.add_row("verified", "every file is as the manifest says")
     for key in ("versions", "protocol", "feed", "position", "files"):
         for name, value in found.get(key, {}).items():
