@@ -271,15 +271,15 @@ def table(source: Source, done: Mapping[Row, Sequence[Pass]], settings: Settings
     )
     headings = (
         "",
-        "final\naccuracy %",
+        "final\n%",
         "forgetting\npoints",
-        "learning\naccuracy %",
+        "learning\n%",
         "updates",
         "lessons\na record",
-        "ms of a core\na record",
+        "core ms\na record",
     )
     for heading in headings:
-        shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        shown.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
     named = list(done)
     for row, following in zip(named, [*named[1:], None], strict=True):
         passes = done[row]
