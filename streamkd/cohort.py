@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from streamkd import schemes
+from streamkd import schemes, stream_classes
 from streamkd.batch import Output, labelled
 from streamkd.capacity import Capacity
 from streamkd.distillation import Distillation
@@ -30,7 +30,8 @@ STUCK = 8
 """Updates in a row without a finite gradient after which a peer is rolled back, or restarted."""
 UNFIT = (
     "it takes peers of one architecture, made of linear layers, layer norm and functions of one number, that teach one "
-    "another by the loss kd at one temperature for all records, without features or capacities measured meanwhile"
+    "another by the loss kd at one temperature for all records, among all classes, without views, features or "
+    "capacities measured meanwhile"
 )
 """What stands in the way of compiling an update."""
 FUTILE = 8
@@ -197,8 +198,9 @@ class Cohort:
         """Return what compiles updates; None where something in them has to be looked at on the way."""
         rule = self.distillation
         by_itself = rule.per_record is None and rule.features is None and not isinstance(rule.temperature, Curriculum)
+        plain = rule.stream_classes is stream_classes.seen and not rule.views
         measured = self.capacity is not None and self.capacity.online
-        if not (by_itself and rule.by_peers and not measured and fits(self.groups, rule.loss)):
+        if not (by_itself and plain and rule.by_peers and not measured and fits(self.groups, rule.loss)):
             return None
         return Fused(cast("Stack", self.groups[0]), loss=rule.loss, gate=rule.gate, cap=rule.cap)
 

@@ -10,7 +10,7 @@ import torch
 from test_stack import BUILDS, CLASSES, FEATURES, Build, lesson, peers, same
 from worlds import stored
 
-from streamkd import UNLABELLED, Batch, Cohort, Distillation, Engine
+from streamkd import UNLABELLED, Batch, Cohort, Distillation, Engine, stream_classes, views
 from streamkd.cohort import UNFIT
 from streamkd.fused import update
 from streamkd.lesson import Lesson
@@ -87,8 +87,14 @@ def test_a_record_at_fault_is_left_out_and_a_broken_teacher_teaches_nothing() ->
 
 @pytest.mark.parametrize(
     "options",
-    [{"scheme": "ensemble"}, {"loss": dist}, {"per_record": lambda *_: torch.ones(1)}],
-    ids=["ensemble", "loss", "per record"],
+    [
+        {"scheme": "ensemble"},
+        {"loss": dist},
+        {"per_record": lambda *_: torch.ones(1)},
+        {"stream_classes": stream_classes.present},
+        {"views": [views.missing()]},
+    ],
+    ids=["ensemble", "loss", "per record", "present classes", "views"],
 )
 def test_what_has_to_be_looked_at_on_the_way_is_not_compiled_and_says_so(options: dict[str, Any]) -> None:
     made = Cohort(peers(BUILDS["normed"]), Distillation(**options), compiled=True)
