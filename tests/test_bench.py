@@ -300,7 +300,9 @@ def test_ratios_are_taken_round_by_round() -> None:
     assert [len(seconds) for seconds in taken.values()] == [2, 2]
 
 
-@pytest.mark.parametrize(("name", "keys"), [("overhead", {"plain", "images"}), ("scale", {"sizes"})])
+@pytest.mark.parametrize(
+    ("name", "keys"), [pytest.param("overhead", {"plain", "images"}, marks=pytest.mark.slow), ("scale", {"sizes"})]
+)
 def test_a_bench_of_speed_gives_its_ratio_as_json(
     name: str, keys: set[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,7 @@ def test_what_has_to_be_looked_at_on_the_way_is_not_compiled_and_says_so(options
     assert Cohort(peers(BUILDS["normed"]), Distillation(**options)).uncompiled == ""
 
 
+@pytest.mark.slow
 def test_without_a_compiler_updates_are_made_as_ever(tmp_path: Path) -> None:
     made = subprocess.run(
         [sys.executable, "-c", WITHOUT],

@@ -238,6 +238,7 @@ def test_all_but_one_poisoned_leaves_one_to_learn_even_for_batch_norm() -> None:
     assert made.step(Batch(stream[1].x[:1], stream[1].y[:1])).trained == 1
 
 
+@pytest.mark.slow
 def test_peers_that_never_learn_end_the_work() -> None:
     made = plain()
 
