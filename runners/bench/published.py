@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from runners.bench import split
 from runners.bench.ablation import Run, measure
-from runners.bench.rivals import made, percent, spread
+from runners.bench.rivals import made, of_seeds, percent, spread
 from runners.bench.rows import Row
 from runners.bench.streams import Stream
 from runners.eval_command import check_targets, kind_of, write_json
@@ -178,19 +177,8 @@ def _of_images(path: Path, batch: int, records: int | None, seed: int) -> Callab
 def table(done: Standing, seeds: Sequence[int]) -> Table:
     """Return the figures of one stream for people."""
     caption = f"accuracy {done.measure}; places are within a ladder, 1 the least accurate"
-    if len(seeds) > 1:
-        caption += f"; mean and standard deviation of seeds {', '.join(map(str, seeds))}"
-    shown = Table(
-        title=done.name,
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for heading in ("", "accuracy\n%", "against the\nrow above", "place\nmeasured", "place in\nthe articles"):
-        shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    headings = ("accuracy\n%", "against the\nrow above", "place\nmeasured", "place in\nthe articles")
+    shown = of_seeds(done.name, caption, headings, seeds)
     named = list(done.accuracies)
     for number, row in enumerate(named):
         values = done.accuracies[row]

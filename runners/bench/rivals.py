@@ -246,19 +246,8 @@ def table(race: Race, seeds: Sequence[int]) -> Table:
         f"{race.records.count:,} records of {race.records.classes} classes in batches of {stream.batch}; the last "
         f"label again: {100 * figures['no_change']:.2f} %"
     )
-    if len(seeds) > 1:
-        caption += f"; mean and standard deviation of seeds {', '.join(map(str, seeds))}"
-    shown = Table(
-        title=stream.name,
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for heading in ("", "accuracy\n%", "records\na second", f"times as fast\nas {PACE}"):
-        shown.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    headings = ("accuracy\n%", "records\na second", f"times as fast\nas {PACE}")
+    shown = of_seeds(stream.name, caption, headings, seeds)
     for name, row in figures["rivals"].items():
         ratio = "-" if row["speed_ratio"] is None else f"{row['speed_ratio']:.1f}"
         shown.add_row(
@@ -268,6 +257,25 @@ def table(race: Race, seeds: Sequence[int]) -> Table:
             ratio,
             style="bold" if name == OURS else "",
         )
+    return shown
+
+
+def of_seeds(title: str, caption: str, headings: Sequence[str], seeds: Sequence[int]) -> Table:
+    """Return an empty table of figures under a column of names; its caption tells of the seeds."""
+    if len(seeds) > 1:
+        caption += f"; mean and standard deviation of seeds {', '.join(map(str, seeds))}"
+    shown = Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    shown.add_column("")
+    for heading in headings:
+        shown.add_column(heading, justify="right", no_wrap=True)
     return shown
 
 

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from runners.bench.learners import OURS
-from runners.bench.rivals import made, percent, spread
+from runners.bench.rivals import made, of_seeds, percent, spread
 from runners.bench.rows import Row
 from runners.bench.split_rows import rows
 from runners.eval_command import check_targets, write_json
@@ -258,28 +257,8 @@ def table(source: Source, done: Mapping[Row, Sequence[Pass]], settings: Settings
         f"{settings.memory:,} remembered, {settings.drawn} drawn an update; tested on {int(first.sizes.sum()):,}; "
         f"{PEERS} networks of {' and '.join(map(str, CHANNELS))} channels"
     )
-    if len(seeds) > 1:
-        caption += f"; mean and standard deviation of seeds {', '.join(map(str, seeds))}"
-    shown = Table(
-        title=source.name,
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    headings = (
-        "",
-        "final\n%",
-        "forgetting\npoints",
-        "learning\n%",
-        "updates",
-        "lessons\na record",
-        "core ms\na record",
-    )
-    for heading in headings:
-        shown.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+    headings = ("final\n%", "forgetting\npoints", "learning\n%", "updates", "lessons\na record", "core ms\na record")
+    shown = of_seeds(source.name, caption, headings, seeds)
     named = list(done)
     for row, following in zip(named, [*named[1:], None], strict=True):
         passes = done[row]
