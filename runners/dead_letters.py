@@ -57,7 +57,7 @@ class DeadLetters:
         self._file = RotatingFileHandler(
             settings.path, maxBytes=settings.max_bytes, backupCount=settings.keep, encoding="utf-8", delay=True
         )
-        self._file.handleError = self._fail  # type: ignore[method-assign]
+        self._file.handleError = self._fail  # type: ignore[method-assign]  # what logging says to override
 
     def __call__(self, letter: DeadLetter) -> None:
         """Write one record down and count it.

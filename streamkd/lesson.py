@@ -87,7 +87,7 @@ def joined(parts: Sequence[Lesson]) -> Lesson:
         torch.cat([part.y for part in parts]),
         torch.cat([part.weights for part in parts]),
         _filled([part.targets for part in parts], parts, 0.0),
-        _filled([part.among for part in parts], parts, True),  # noqa: FBT003
+        _filled([part.among for part in parts], parts, True),  # noqa: FBT003 - a filling
         tuple(torch.cat([part.views[number] if part.views else part.x for part in parts]) for number in range(count)),
     )
 

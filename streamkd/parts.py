@@ -40,7 +40,7 @@ def checked_options(function: Callable[..., Any], part: Part, key: str) -> dict[
     """Return the options of `part`, held to the types and bounds that the function itself is annotated with."""
     hints = get_type_hints(function, include_extras=True) if inspect.isfunction(function) else {}
     known = {name: (hint, ...) for name, hint in hints.items() if name in part.options}
-    model: type[BaseModel] = create_model(part.kind, **known)  # type: ignore[call-overload]
+    model: type[BaseModel] = create_model(part.kind, **known)  # type: ignore[call-overload]  # fields by name, which no overload knows
     try:
         return part.options | dict(model.model_validate(part.options))
     except ValidationError as error:

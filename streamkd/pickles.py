@@ -89,7 +89,7 @@ class ByValue(pickle.Pickler):
         if not isinstance(thing, _rivers("proba.base").Distribution) or thing.seed is not None:
             return NotImplemented
         known = {name: value for name, value in vars(thing).items() if name != "_rng"}
-        return copyreg.__newobj__, (type(thing),), known  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(thing),), known  # type: ignore[attr-defined]  # typeshed does not know it
 
 
 class AllowListUnpickler(pickle.Unpickler):

@@ -140,7 +140,7 @@ class Course:
         if taught is not None and lesson.targets is not None:
             soft = taught.distance(logits, lesson.targets, lesson.y)
             loss = soft if alpha == 1 else alpha * soft + (1 - alpha) * loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         norm = peer.clip_gradient()
         # A loss that is not finite may have a gradient that is.
         return norm if math.isfinite(float(loss.detach())) else math.nan

@@ -84,9 +84,9 @@ class Single:
     def back(self, gradient: Tensor, hint: Tensor | None = None, *, add: bool = False) -> None:  # noqa: ARG002 - it does
         """See `Group`."""
         if self._logits.requires_grad:
-            self._logits.backward(gradient[0], retain_graph=hint is not None)  # type: ignore[no-untyped-call]
+            self._logits.backward(gradient[0], retain_graph=hint is not None)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         if hint is not None and hint.requires_grad:
-            hint.backward()  # type: ignore[no-untyped-call]
+            hint.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def clip(self) -> list[float]:
         """See `Group`."""
@@ -276,4 +276,4 @@ def leaves(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)  # noqa: SLF001
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)  # noqa: SLF001 - there is no public way to ask

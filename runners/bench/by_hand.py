@@ -96,7 +96,7 @@ class ByHand:
         (soft,) = torch.autograd.grad(taught.sum(), students)
         room = gradient[1:].norm(dim=-1) / soft.norm(dim=-1).clamp(min=1e-12)
         gradient[1:] += soft * room.clamp(max=1.0)[..., None]
-        logits.backward(gradient * weights[:, None])  # type: ignore[no-untyped-call]
+        logits.backward(gradient * weights[:, None])  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.learners.step()
         return hard.mean(0)
 
@@ -178,7 +178,7 @@ class Plain:
 
     def __init__(self, build: Callable[[], nn.Module], rates: Sequence[float], shape: Sequence[int]) -> None:
         self.models = [build() for _ in rates]
-        averaging = get_ema_multi_avg_fn(DECAY)  # type: ignore[no-untyped-call]
+        averaging = get_ema_multi_avg_fn(DECAY)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.averages = [AveragedModel(model, multi_avg_fn=averaging) for model in self.models]
         self.optimizers = [
             torch.optim.SGD(model.parameters(), lr=rate) for model, rate in zip(self.models, rates, strict=True)
@@ -214,7 +214,7 @@ class Plain:
                 student = logits[index].log_softmax(-1)
                 loss = loss + ALPHA * functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
             average.update_parameters(model)

@@ -94,7 +94,7 @@ def main(configurations: Sequence[str], *, kills: int, seed: int, console: Conso
         for name in configurations or alone():
             task = progress.add_task(name, total=kills)
             with TemporaryDirectory() as folder, chdir(folder):
-                outcome = kill_loop(name, kills, seed, lambda task=task: progress.advance(task))  # type: ignore[misc]
+                outcome = kill_loop(name, kills, seed, lambda task=task: progress.advance(task))  # type: ignore[misc]  # of a lambda with a default
             made.add_row(name, *map(str, astuple(outcome)))
             unequal += outcome.ends - outcome.equal
     console.print(made)

@@ -90,7 +90,7 @@ class River:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def prepare(self, batch: Batch, x: NDArray[np.float64]) -> list[dict[int, float]]:  # noqa: ARG002
+    def prepare(self, batch: Batch, x: NDArray[np.float64]) -> list[dict[int, float]]:  # noqa: ARG002 - it needs one of the two
         """Return a mapping a record."""
         return [dict(enumerate(row)) for row in x.tolist()]
 
@@ -132,7 +132,7 @@ class DeepRiver:
         self.series = import_module("pandas").Series
         self.asked = False
 
-    def prepare(self, batch: Batch, x: NDArray[np.float64]) -> Any:  # noqa: ARG002
+    def prepare(self, batch: Batch, x: NDArray[np.float64]) -> Any:  # noqa: ARG002 - it needs one of the two
         """Return a table; its columns need names that sort as they stand."""
         return self.frame(x, columns=[f"x{column:06}" for column in range(x.shape[1])])
 

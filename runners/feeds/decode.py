@@ -86,7 +86,7 @@ class Columns:
     def _numbers(self, cells: Sequence[object]) -> np.ndarray:
         """Read all numbers at once; where anything about one of them is unusual, one by one."""
         try:
-            numbers = np.array([float(cell) for cell in cells])  # type: ignore[arg-type]
+            numbers = np.array([float(cell) for cell in cells])  # type: ignore[arg-type]  # what is no number raises
             usual = bool((np.abs(numbers) <= MAX_FLOAT32).all())
         except (TypeError, ValueError, OverflowError):
             usual = False

@@ -58,7 +58,7 @@ USUAL_X = ("x", "X", "x_train", "X_train", "train_images", "images", "data")
 USUAL_Y = ("y", "Y", "y_train", "Y_train", "train_labels", "labels", "label", "targets", "target")
 
 
-def arrays(path: Path, *, x: str, y: str, id: str, channels: Channels, shape: Sequence[int]) -> Arrays:  # noqa: A002
+def arrays(path: Path, *, x: str, y: str, id: str, channels: Channels, shape: Sequence[int]) -> Arrays:  # noqa: A002 - the user's word
     """Read an `.npz` file.
 
     Raises:

@@ -32,7 +32,7 @@ class Fitted:
     """
 
     def __init__(self, size: Sequence[int] = (), channels: int = 0) -> None:
-        self.shape: tuple[int, int, int] = (channels, *size) if size else (channels, 0, 0)  # type: ignore[assignment]
+        self.shape: tuple[int, int, int] = (channels, *size) if size else (channels, 0, 0)  # type: ignore[assignment]  # two sides were checked
 
     def look(self, first: Iterator[Callable[[], Any]], where: str) -> None:
         """Take size and channels from the first image that can be fetched and read.

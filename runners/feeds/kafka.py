@@ -205,7 +205,7 @@ class Reader:
         near = {number for number in self._paused if self.merge.waiting(number) <= MOST_AHEAD // 4}
         for partitions, say in ((far - self._paused, "pause"), (near, "resume")):
             if partitions:
-                self.reach(lambda say=say, of=partitions: getattr(self.client, say)([self.at(one) for one in of]))  # type: ignore[misc]
+                self.reach(lambda say=say, of=partitions: getattr(self.client, say)([self.at(one) for one in of]))  # type: ignore[misc]  # of a lambda with a default
         self._paused = (self._paused | far) - near
 
     def lost(self, partition: int, offset: int) -> PositionLostError:
@@ -235,7 +235,7 @@ class Reader:
         """Return how many messages wait, by partition, as far as is known without asking."""
         waiting = {}
         for partition, offset in sorted(self.merge.offsets.items()):
-            _, high = self.reach(lambda of=partition: self.client.get_watermark_offsets(self.at(of), cached=True))  # type: ignore[misc]
+            _, high = self.reach(lambda of=partition: self.client.get_watermark_offsets(self.at(of), cached=True))  # type: ignore[misc]  # of a lambda with a default
             self._high[partition] = max(high, self._high.get(partition, 0))
             waiting[str(partition)] = 0 if self.merge.exhausted(partition) else max(0, self._high[partition] - offset)
         return waiting
