@@ -29,12 +29,14 @@ class Linear:
         weight: `[peers, out, in]`.
         bias: `[peers, out]`, or None.
         slots: where the gradients of both are written, of the same shapes.
+        first: nobody asks for the gradient at its input: what goes back is that at its output.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, slots: list[Tensor]) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, slots: list[Tensor], *, first: bool = False) -> None:
         self._weight, self._turned = weight, weight.transpose(1, 2)
         self._bias = None if bias is None else bias[:, None]
         self._slots = slots
+        self._first = first
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Layer`; records that all peers are given alike are `[n, in]`."""
@@ -46,7 +48,7 @@ class Linear:
         torch.bmm(gradient.transpose(1, 2), self._x, out=self._slots[0])
         if self._bias is not None:
             torch.sum(gradient, 1, out=self._slots[1])
-        return torch.bmm(gradient, self._weight)
+        return gradient if self._first else torch.bmm(gradient, self._weight)
 
 
 class Norm:
@@ -61,13 +63,15 @@ class Norm:
     def __init__(self, scale: Tensor | None, shift: Tensor | None, slots: list[Tensor], eps: float) -> None:
         self._scale = None if scale is None else scale[:, None]
         self._shift = None if shift is None else shift[:, None]
+        # Torch's kernel is half as slow again without a scale and a shift, even if they do nothing.
+        self._idle = (None, None) if scale is None else (torch.ones_like(scale[0]), torch.zeros_like(scale[0]))
         self._slots = slots
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Layer`."""
         self._x = x
-        self._normal, self._mean, self._spread = torch.native_layer_norm(x, x.shape[-1:], None, None, self._eps)
+        self._normal, self._mean, self._spread = torch.native_layer_norm(x, x.shape[-1:], *self._idle, self._eps)
         if self._scale is None:
             return self._normal
         if self._shift is None:

@@ -111,7 +111,7 @@ class Stack:
     The weights of all members are the rows of one matrix, and those of their averages the rows below; the members'
     own parameters are views into it. So a norm, a step of plain gradient descent and the averaging are one operation
     each, and peers and averages answer together. What each member comes to is what it would have come to alone, but
-    for the last digits.
+    for the last digits. Nothing here has a gradient of torch's own: the layers know their way back.
 
     Args:
         members: the peers' indices in the cohort.
@@ -160,7 +160,7 @@ class Stack:
             own = [next(left) for _ in layer.parameters()]
             (first, second), places = [*(weight for weight, _ in own), None, None][:2], [slot for _, slot in own]
             if isinstance(layer, nn.Linear):
-                made.append(layers.Linear(torch.as_tensor(first), second, places))
+                made.append(layers.Linear(torch.as_tensor(first), second, places, first=not made))
             elif isinstance(layer, nn.LayerNorm):
                 made.append(layers.Norm(first, second, places, layer.eps))
             elif isinstance(layer, nn.ReLU):
@@ -169,17 +169,14 @@ class Stack:
                 made.append(layers.Elementwise(layer))
         return made
 
-    @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """See `Group`."""
         return _through(self._everyone, x)
 
-    @torch.no_grad()
     def learn(self, x: Tensor) -> Tensor:
         """See `Group`."""
         return _through(self._members, x)
 
-    @torch.no_grad()
     def back(self, gradient: Tensor, hint: Tensor | None = None, *, add: bool = False) -> None:  # noqa: ARG002 - there are no features
         """See `Group`."""
         before = self._gradient.clone() if add else None
@@ -188,7 +185,6 @@ class Stack:
         if before is not None:
             self._gradient.add_(before)
 
-    @torch.no_grad()
     def clip(self) -> list[float]:
         """See `Group`."""
         norms = self._gradient.norm(dim=1)
@@ -197,7 +193,6 @@ class Stack:
             self._gradient.mul_((self._clips / norms).clamp(max=1.0)[:, None])
         return said
 
-    @torch.no_grad()
     def step(self, norms: Sequence[float | None], rate: float) -> None:
         """See `Group`."""
         for peer, norm in zip(self.peers, norms, strict=True):
