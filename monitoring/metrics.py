@@ -203,9 +203,9 @@ class Metrics:
         self.agreed.inc(report.agreed)
         for phase, seconds in report.seconds.items():
             self._phase[phase].observe(seconds)
-        for name in report.scored.predicted:
+        for name, correct in report.scored.correct.items():
             self._evaluated[name].inc(len(report.scored.y))
-            self._correct[name].inc(report.scored.correct(name))
+            self._correct[name].inc(correct)
         self._observe_peers(report)
         if report.drift:
             self._drifts.inc(len(report.drift))

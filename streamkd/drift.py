@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from streamkd import pickles
-from streamkd.report import SERVED, Scored
+from streamkd.report import Scored
 
 
 class DriftDetector(Protocol):
@@ -109,9 +109,9 @@ class DriftWatch:
     def read(self, scored: Scored) -> list[int]:
         """Let the detector read what was scored; return the rows at which it raised an alarm."""
         if self.signal == "error":
-            values = (scored.predicted[SERVED] != scored.y).float()
+            values = (scored.answers[-1] != scored.y).float()
         else:
-            values = scored.log_loss[SERVED].clamp(max=WORST) / WORST
+            values = scored.losses[-1].clamp(max=WORST) / WORST
         return [row for row, value in enumerate(values.tolist()) if self.detector.update(value)]
 
 

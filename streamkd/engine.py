@@ -24,7 +24,6 @@ from streamkd.peer import Peer
 from streamkd.pool import Pool
 from streamkd.replay import Memories, Recall, ReplayBuffer
 from streamkd.report import (
-    SERVED,
     DriftReport,
     Fault,
     PeerReport,
@@ -176,8 +175,9 @@ class Engine:
         served = self.served.answer(log_p)
         if self.pool is not None:
             log_p, served = self.pool.serve(log_p, served, seen)
-        rest = (0, self.classes - len(seen))
-        return functional.pad(log_p, rest, value=UNSEEN), functional.pad(served, rest)
+        if rest := self.classes - len(seen):
+            return functional.pad(log_p, (0, rest), value=UNSEEN), functional.pad(served, (0, rest))
+        return log_p, served
 
     def _look(self) -> None:
         """Note the classes up to the last one that was seen: nothing is computed for those after it."""
@@ -209,20 +209,20 @@ class Engine:
         if not len(y):
             return scored
         log_p = of_truth(answers.log_p[: 2 * peers], y)
-        predicted = torch.stack([scored.predicted[name] for name in self.cohort.names])
-        correct = predicted == y
+        right = scored.right
+        accuracies = right.float().mean(1)
         self.served.update(log_p)
-        if not bool(self.seen[y].all()):
+        if not self.seen.numpy()[y.numpy()].all():
             self.seen[y] = True
             self._look()
         if self.pool is not None:
             self.pool.update(answers.log_p[..., : len(self._seen)], y)
-        self.roles.update(log_p[:peers], correct, answers.log_p[:peers])
-        self.cohort.observe(-log_p[:peers].mean(1), correct.float().mean(1))
-        self.transfer.update(predicted, self.roles.teacher)
+        self.roles.update(log_p[:peers], right[:-1], answers.log_p[:peers])
+        self.cohort.observe(-log_p[:peers].mean(1), accuracies[:-1])
+        self.transfer.update(scored.answers[:-1], self.roles.teacher)
         self.scored += len(y)
         share = min(1.0, len(y) / min(self.scored, 1_000))
-        self.accuracy += share * (scored.correct(SERVED) / len(y) - self.accuracy)
+        self.accuracy += share * (float(accuracies[-1]) - self.accuracy)
         return scored
 
     def _adapt(self, scored: Scored) -> tuple[tuple[DriftReport, ...], Swap | None]:

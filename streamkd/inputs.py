@@ -60,8 +60,8 @@ class Standardiser:
             # Single precision comes after centring: a column of time stamps would lose its seconds before it.
             x = x if x.is_floating_point() else x.float()
             centre, scale = self._shaped(x)
-            x = (x - centre) * scale
-        return torch.nan_to_num(x.float(), nan=0.0).clamp(-self.clip, self.clip)
+            x = (x - centre).mul_(scale)
+        return torch.nan_to_num(x.float(), nan=0.0).clamp_(-self.clip, self.clip)
 
     def _shaped(self, x: Tensor) -> tuple[Tensor, Tensor]:
         like = (x.dim(), x.dtype, x.device)
@@ -98,7 +98,10 @@ def _of_numbers(x: Tensor, least: Array, most: Array) -> tuple[Array, Array, Arr
     """Return count, mean and sum of squared distances from it, `[features]` each, of what is known, moved in."""
     values = _by_feature(x).double().cpu().numpy()  # [features, m]; numpy is the quicker one on so little
     known = np.isfinite(values)  # an infinity in the sums would never leave them
-    values = np.clip(values, least, most)
+    values = np.minimum(np.maximum(values, least), most)
+    if known.all():
+        mean = values.mean(1)
+        return np.full(len(values), float(values.shape[1])), mean, np.square(values - mean[:, None]).sum(1)
     count = known.sum(1)
     mean = values.sum(1, where=known) / np.maximum(count, 1)
     return count, mean, np.square(values - mean[:, None]).sum(1, where=known)

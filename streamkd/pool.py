@@ -15,6 +15,9 @@ from streamkd.served import Served
 FAINTEST = -8.0
 """The log-probability under which an opinion is not heard: no single source may rule a class out."""
 
+LEAST = 1e-6
+"""No class is taken for rarer than this."""
+
 STRIDE = 16
 """Records that a step of the coefficients counts at most: gradient descent breaks down where steps are too long."""
 
@@ -37,16 +40,25 @@ class LabelRates:
         memories: Sequence[float] = (0.9, 0.98, 0.998),
         answered: Sequence[float] = (0.9, 0.98, 0.998),
     ) -> None:
-        self.memories = torch.tensor([*memories, *answered], dtype=torch.float64)
-        self.rates = torch.full((len(self.memories), classes), 1 / classes, dtype=torch.float64)
+        self.memories = np.array([*memories, *answered])
+        self._rates = np.full((len(self.memories), classes), 1 / classes)
         self._labels, self._answers = slice(len(memories)), slice(len(memories), None)
 
     def __len__(self) -> int:
         return len(self.memories)
 
-    def logits(self, n: int) -> Tensor:
-        """Answer `n` records alike: `[memories, n, classes]`, those of the labels first."""
-        return self.rates.float().clamp(min=1e-6).log()[:, None].expand(-1, n, -1)
+    @property
+    def rates(self) -> Tensor:
+        """`[memories, classes]`, each adding up to 1, those of the labels first."""
+        return torch.from_numpy(self._rates)
+
+    def log_p(self, seen: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Answer every record alike: log-probabilities `[memories, classes]` among the first ones, where `seen`."""
+        rates = np.maximum(self._rates[:, : len(seen)], LEAST)
+        if seen.any():  # before one is, all may come
+            rates *= seen
+        with np.errstate(divide="ignore"):
+            return np.maximum(np.log(rates / rates.sum(1)[:, None]), UNSEEN)
 
     def update(self, y: Tensor) -> None:
         """Count the labels `y` `[n]`, in the order in which they came."""
@@ -57,10 +69,10 @@ class LabelRates:
         self._count(y, self._answers)
 
     def _count(self, y: Tensor, rows: slice) -> None:
-        rates, memories = self.rates.numpy().copy(), self.memories.numpy()[rows, None]
+        rates, memories = self._rates.copy(), self.memories[rows, None]
         rates[rows] *= memories ** len(y)
         np.add.at(rates[rows].T, y.numpy(), ((1 - memories) * memories ** np.arange(len(y) - 1, -1, -1)).T)
-        self.rates = torch.from_numpy(rates)
+        self._rates = rates
 
     def state_dict(self) -> dict[str, Any]:
         """Return the rates."""
@@ -68,7 +80,7 @@ class LabelRates:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self.rates = state["rates"].clone()
+        self._rates = state["rates"].numpy()
 
 
 class Pool:
@@ -92,7 +104,8 @@ class Pool:
         self.rates = rates
         self.rate = rate
         self._mute = slice(members if voices is None else voices, members)
-        self.coefficients = torch.cat([torch.full((members,), 1 / (voices or members)), torch.zeros(len(rates))])
+        self._coefficients = np.zeros(members + len(rates), np.float32)
+        self._coefficients[:members] = 1 / (voices or members)
         self.verdict = Served(2, gamma=0.998)
 
     def serve(self, log_p: Tensor, mixture: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,20 +119,18 @@ class Pool:
         Returns:
             Log-probabilities `[members + rates + 2, n, classes]`, last of all those of the mixture and of the pool.
         """
-        rates = self.rates.logits(1)[..., : len(seen)].masked_fill(~seen, UNSEEN).log_softmax(-1)
-        sources = torch.cat([log_p, rates.to(log_p).expand(-1, log_p.shape[1], -1)])
-        both = torch.stack([mixture.clamp(min=_TINY).log(), self.answer(sources)])
-        return torch.cat([sources, both]), self.verdict.answer(both)
-
-    def answer(self, log_p: Tensor) -> Tensor:
-        """Pool the sources' log-probabilities `[members + rates, n, classes]` into the pool's own `[n, classes]`."""
-        said = log_p.numpy()
-        opinions = self._heard(said)
-        coefficients = self.coefficients.numpy().astype(said.dtype)
-        logits = (coefficients @ opinions.reshape(len(opinions), -1)).reshape(said.shape[1:])
-        # A class that was never seen stays impossible, whatever is left of it above.
-        logits[(said <= UNSEEN / 2).any(0)] = UNSEEN
-        return torch.from_numpy(logits).log_softmax(-1)
+        members, met = log_p.numpy(), seen.numpy()
+        said = np.empty((len(self._coefficients) + 2, *members.shape[1:]), members.dtype)
+        said[: len(members)] = members
+        said[len(members) : -2] = self.rates.log_p(met)[:, None]
+        said[-2] = np.log(np.maximum(mixture.numpy(), _TINY))
+        opinions = self._heard(said[:-2])
+        logits = (self._coefficients @ opinions.reshape(len(opinions), -1)).reshape(said.shape[1:])
+        if not met.all():  # a class that was never seen stays impossible, whatever is left of it above
+            logits[:, ~met] = UNSEEN
+        everything = torch.from_numpy(said)
+        everything[-1] = torch.from_numpy(logits).log_softmax(-1)
+        return everything, self.verdict.answer(everything[-2:])
 
     def update(self, log_p: Tensor, y: Tensor) -> None:
         """Learn from what `serve` returned of records that turned out to be of the classes `y` `[n]`."""
@@ -130,7 +141,7 @@ class Pool:
         opinions = self._heard(said[:-2])
         gradient = opinions.reshape(len(opinions), -1) @ error.ravel()
         step = np.float32(self.rate * min(1, STRIDE / max(1, len(y))))
-        self.coefficients = torch.from_numpy(self.coefficients.numpy() + step * gradient.astype(np.float32))
+        self._coefficients = self._coefficients + step * gradient.astype(np.float32)
         self.rates.update(y)
 
     def assume(self, log_p: Tensor) -> None:
@@ -140,16 +151,22 @@ class Pool:
         """
         self.rates.assume(log_p[-2].argmax(-1))
 
+    @property
+    def coefficients(self) -> Tensor:
+        """`[members + rates]`, the power of each source."""
+        return torch.from_numpy(self._coefficients)
+
     def shorten(self) -> None:
         """Weigh mixture and pool by the latest records for a while: the world has changed."""
         self.verdict.shorten()
 
     def _heard(self, log_p: NDArray[Any]) -> NDArray[Any]:
         """Opinions, none of them below the faintest; who says anything that is not a number has none."""
-        opinions: NDArray[Any] = np.clip(log_p, FAINTEST, 0.0)
+        opinions: NDArray[Any] = np.maximum(log_p, FAINTEST)
         if math.isnan(opinions.sum()):
             opinions[np.isnan(opinions).any((1, 2))] = 0.0
-        opinions[self._mute] = 0.0
+        if self._mute.start < self._mute.stop:
+            opinions[self._mute] = 0.0
         return opinions
 
     def state_dict(self) -> dict[str, Any]:
@@ -162,7 +179,7 @@ class Pool:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self.coefficients = state["coefficients"].clone()
+        self._coefficients = state["coefficients"].numpy()
         self.rates.load_state_dict(state["rates"])
         self.verdict.load_state_dict(state["verdict"])
 

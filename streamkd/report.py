@@ -21,18 +21,36 @@ class Scored:
     """The prequential score of the records whose labels came with this batch.
 
     Attributes:
+        names: of those who answered: the peers, then `served`.
         y: `[m]`, what was true.
-        predicted: name of a peer, or `served` -> `[m]`, the class it answered before the label was known.
-        log_loss: likewise -> `[m]`, in nats, cut at -ln(1e-6).
+        answers: `[names, m]`, the classes they answered before the label was known.
+        losses: `[names, m]`, their log-losses, in nats, cut at -ln(1e-6).
     """
 
+    names: Sequence[str]
     y: Tensor
-    predicted: Mapping[str, Tensor]
-    log_loss: Mapping[str, Tensor]
+    answers: Tensor
+    losses: Tensor
 
-    def correct(self, name: str) -> int:
-        """Return how many answers of a peer, or of `served`, were right."""
-        return int((self.predicted[name] == self.y).sum())
+    @property
+    def right(self) -> Tensor:
+        """`[names, m]` bool, which answers were right."""
+        return self.answers == self.y
+
+    @property
+    def correct(self) -> Mapping[str, int]:
+        """How many answers of each were right."""
+        return dict(zip(self.names, self.right.sum(1).tolist(), strict=True))
+
+    @property
+    def predicted(self) -> Mapping[str, Tensor]:
+        """The answers of each, `[m]`."""
+        return dict(zip(self.names, self.answers, strict=True))
+
+    @property
+    def log_loss(self) -> Mapping[str, Tensor]:
+        """The losses of each, `[m]`."""
+        return dict(zip(self.names, self.losses, strict=True))
 
 
 def of_truth(log_p: Tensor, y: Tensor) -> Tensor:
@@ -40,8 +58,7 @@ def of_truth(log_p: Tensor, y: Tensor) -> Tensor:
 
     At the least `LOG_FLOOR`, which is also for those that say nothing finite.
     """
-    said = log_p.numpy()[:, np.arange(len(y)), y.numpy()]
-    return torch.from_numpy(np.maximum(np.where(np.isnan(said), LOG_FLOOR, said), LOG_FLOOR).astype(said.dtype))
+    return torch.from_numpy(np.fmax(log_p.numpy()[:, np.arange(len(y)), y.numpy()], LOG_FLOOR))
 
 
 def score(names: Sequence[str], y: Tensor, log_p: Tensor, served: Tensor) -> Scored:
@@ -53,10 +70,8 @@ def score(names: Sequence[str], y: Tensor, log_p: Tensor, served: Tensor) -> Sco
         log_p: `[peers, m, classes]`, what the peers said.
         served: `[m, classes]`, probabilities.
     """
-    everyone = [*names, SERVED]
     log_p = torch.cat([log_p, served.log()[None]])
-    answers, losses = log_p.argmax(-1), -of_truth(log_p, y)
-    return Scored(y, dict(zip(everyone, answers, strict=True)), dict(zip(everyone, losses, strict=True)))
+    return Scored((*names, SERVED), y, log_p.argmax(-1), -of_truth(log_p, y))
 
 
 @dataclass(frozen=True, slots=True)

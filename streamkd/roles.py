@@ -4,6 +4,7 @@ A rule names the challenger who is to take over, if any. Each function below mak
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import sqrt
 from typing import Annotated, Any, Protocol
 
@@ -155,14 +156,12 @@ class Election:
         """
         if answers is not None and isinstance(self.rule, Bandit):
             self.rule.hear(answers, correct)
-        n = log_p.shape[1]
-        weights = self.gamma ** np.arange(n - 1, -1, -1, dtype=np.float64)
-        past = self.gamma**n
-        gains, right = log_p.double().cpu().numpy(), correct.double().cpu().numpy()
+        past, mass, weights = _discounts(self.gamma, log_p.shape[1])
+        gains = log_p.numpy().astype(np.float64)
         differences = gains[:, None] - gains
-        self.mass = past ** np.arange(1, 3) * self.mass + [weights.sum(), np.square(weights).sum()]
+        self.mass = np.array([past, past**2]) * self.mass + mass
         self.gains = past * self.gains + gains @ weights
-        self.correct = past * self.correct + right @ weights
+        self.correct = past * self.correct + correct.numpy() @ weights
         self.squares = past * self.squares + np.square(differences) @ weights
 
     def elect(self, updates: int, *, drifting: bool, at_once: bool = False) -> Swap | None:
@@ -214,3 +213,10 @@ class Election:
                 setattr(self, name, value.numpy() if name in _EVIDENCE else value)
         if isinstance(self.rule, Bandit) and state["rule"]:  # or else another rule was in force
             self.rule.load_state_dict(state["rule"])
+
+
+@lru_cache(maxsize=8)
+def _discounts(gamma: float, n: int) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+    """What `n` records leave standing of the past, the sums of their weights and of the squares, and the weights."""
+    weights = gamma ** np.arange(n - 1, -1, -1, dtype=np.float64)
+    return gamma**n, np.array([weights.sum(), np.square(weights).sum()]), weights

@@ -97,8 +97,7 @@ class Served:
 
 def _mixed(weights: Array, p: NDArray[Any]) -> NDArray[Any]:
     """Add up `[members, n, classes]`, each with its weight."""
-    with np.errstate(invalid="ignore"):  # what is not a number is looked for afterwards
-        mixed: NDArray[Any] = (weights.astype(p.dtype) @ p.reshape(len(p), -1)).reshape(p.shape[1:])
+    mixed: NDArray[Any] = weights.astype(p.dtype).dot(p.reshape(len(p), -1)).reshape(p.shape[1:])
     return mixed
 
 

@@ -161,9 +161,10 @@ def test_a_watch_reads_the_served_answer_in_the_order_in_which_labels_came(
     signal: str, read: list[float], rows: list[int]
 ) -> None:
     scored = Scored(
+        ("peer", SERVED),
         torch.tensor([0, 1, 2, 3]),
-        {SERVED: torch.tensor([0, 0, 1, 3]), "peer": torch.zeros(4)},
-        {SERVED: torch.tensor([0.1, 2.0, 9.0, 0.0]), "peer": torch.full((4,), 5.0)},
+        torch.tensor([[0, 0, 0, 0], [0, 0, 1, 3]]),
+        torch.tensor([[5.0, 5.0, 5.0, 5.0], [0.1, 2.0, 9.0, 0.0]]),
     )
     recorder = Recorder()
     assert DriftWatch(recorder, signal=signal).read(scored) == rows

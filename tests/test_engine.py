@@ -124,7 +124,7 @@ def test_predicting_changes_nothing() -> None:
 def test_a_drift_is_found_and_overcome() -> None:
     made = engine()
     reports = [made.step(batch) for batch in batches(3200)]
-    accuracy = [report.scored.correct("served") / report.trained for report in reports]
+    accuracy = [report.scored.correct["served"] / report.trained for report in reports]
     assert sum(accuracy[90:100]) / 10 > 0.95
     assert accuracy[100] < 0.5
     assert sum(accuracy[-10:]) / 10 > 0.95
@@ -195,7 +195,7 @@ def test_batches_of_one_and_of_all_are_learned() -> None:
 def test_every_scheme_learns_the_world(scheme: str) -> None:
     made = engine(distillation=Distillation(scheme=scheme))
     reports = [made.step(batch) for batch in batches(960)[:30]]
-    assert sum(report.scored.correct("served") for report in reports[-10:]) / 160 > 0.9
+    assert sum(report.scored.correct["served"] for report in reports[-10:]) / 160 > 0.9
     taught = {pair for report in reports for pair in report.alphas}
     assert bool(taught) == (scheme != "none")
 
@@ -209,7 +209,7 @@ def test_a_peer_that_breaks_down_does_not_take_the_answer_with_it() -> None:
             weight.fill_(float("nan"))
     reports = [made.step(batch) for batch in stream[20:30]]
     assert all(bool(report.served.isfinite().all()) for report in reports)
-    assert sum(report.scored.correct("served") for report in reports) / 160 > 0.9
+    assert sum(report.scored.correct["served"] for report in reports) / 160 > 0.9
     assert reports[0].peers["a"].skipped == 2
     assert reports[-1].peers["b"].skipped == 0
     assert reports[-1].peers["a"].restarts == 1
@@ -238,7 +238,7 @@ def test_a_peer_alone_learns_and_has_nobody_to_learn_from() -> None:
     alone = Engine([Peer("alone", partial(mlp, (5,), CLASSES, widths=(16,)), seed=1)], CLASSES)
     reports = list(alone.run(batches(1600)[:50]))  # up to where the world changes
     assert all(not report.alphas and report.swap is None for report in reports)
-    assert reports[0].accuracy < 0.9 < sum(report.scored.correct("served") for report in reports[25:]) / 400
+    assert reports[0].accuracy < 0.9 < sum(report.scored.correct["served"] for report in reports[25:]) / 400
 
 
 def hidden(batch: Batch, rows: slice, *, ids: bool = False) -> Batch:

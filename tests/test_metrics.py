@@ -81,7 +81,7 @@ def test_counters_add_up_to_what_the_reports_said() -> None:
     assert read("streamkd_labels_joined_total") == reports[-1].joined
     assert read("streamkd_dead_letter_records_total", {"feed": "file", "reason": "width"}) == len(reports)
     for name in ("a", "served"):
-        correct = sum(report.scored.correct(name) for report in reports)
+        correct = sum(report.scored.correct[name] for report in reports)
         assert read("streamkd_prequential_correct_total", {"peer": name}) == correct
         evaluated = sum(report.trained for report in reports)
         assert read("streamkd_prequential_evaluated_total", {"peer": name}) == evaluated

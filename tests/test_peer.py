@@ -283,5 +283,5 @@ def test_peers_of_another_precision_are_asked_one_by_one_and_learn() -> None:
     for number in range(60):
         x = torch.randn(16, 6, generator=chance)
         report = made.step(Batch(x, x[:, :3].argmax(1)))
-        right += report.scored.correct("served") if number >= 40 else 0
+        right += report.scored.correct["served"] if number >= 40 else 0
     assert right > 0.7 * 20 * 16

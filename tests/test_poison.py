@@ -104,7 +104,7 @@ def test_it_is_found_among_peers_that_teach_one_another_with_batch_norm_and_drop
     for peer in made.cohort.peers:
         assert all(bool(value.isfinite().all()) for value in peer.module.state_dict().values())
         assert (peer.rollbacks, peer.restarts) == (0, 0)
-    assert report.scored.correct("served") > 13
+    assert report.scored.correct["served"] > 13
 
 
 def test_one_that_waited_for_its_label_is_found_when_the_label_comes() -> None:

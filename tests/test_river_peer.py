@@ -61,7 +61,7 @@ def test_it_learns_every_labelled_record_once_and_no_memories(monkeypatch: pytes
 def test_the_world_is_learned_and_the_forest_takes_office_and_teaches() -> None:
     made = mixed(drift=DriftWatch(never()), distillation=Distillation(alpha=constant(1.0), gate="open"))
     reports = [made.step(batch) for batch in batches(800)]
-    assert sum(report.scored.correct("forest") for report in reports[20:]) / (30 * 16) > 0.8
+    assert sum(report.scored.correct["forest"] for report in reports[20:]) / (30 * 16) > 0.8
     taught = [report.peers["a"].divergence for report in reports if ("forest", "a") in report.alphas]
     assert any(value > 0 for value in taught)
     assert all(("a", "forest") not in report.alphas or report.peers["forest"].soft >= 0 for report in reports)
