@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn import functional
 
 from streamkd import schemes, stream_classes
@@ -213,11 +214,11 @@ class Cohort:
         told = self.fused(lesson, seen, pairs)
         if told is None:
             return None
-        hard, soft, divergence, answers, found = told
+        parts, answers, found = told
         norms: list[float] = found.tolist()
         if self._frozen(teacher, teacher):
             norms[teacher] = 0.0
-        return Learned(lesson, hard.mean(0), hard, soft, divergence, answers, rule.betas, norms)
+        return Learned(lesson, parts[0].mean(0), parts, answers, rule.betas, norms)
 
     def absorb(self, x: Tensor, y: Tensor, *, teacher: int) -> None:
         """Let the peers that learn record by record have the records `x` `[n, ...]` with their labels `y` `[n]`."""
@@ -241,28 +242,28 @@ class Cohort:
         """Bring every peer its gradient, or add it to the last one; only what has no finite loss gets its norm, NaN."""
         asked, lesson = lesson, lesson.unrolled()
         logits = self._in_order([group.learn(lesson.x) for group in self.groups])
-        rest = (0, logits.shape[-1] - len(seen))
         leaf = mask_unseen(logits[..., : len(seen)], seen)
         hard, gradient, p = labels_loss(_among(leaf, lesson.among), lesson.y)
         rule = self._lessons = self._lessons or self._prepare(leaf)
         gradient = gradient * rule.betas[..., None]
-        soft = divergence = torch.zeros_like(hard)
+        parts = hard.new_zeros(3, *hard.shape)
+        parts[0] = hard
         if rule.teach:
             harder = asked.harder() if asked.views else None
-            soft, divergence, soft_gradient = self._distil(
-                leaf, hard, lesson, rule, seen=seen, weights=weights, harder=harder
-            )
+            soft_gradient = self._distil(leaf, parts, lesson, rule, seen=seen, weights=weights, harder=harder)
             if self.distillation.cap:  # cut to the length of the label's gradient, record by record
-                room = gradient.norm(dim=-1) / soft_gradient.norm(dim=-1).clamp(min=1e-12)
-                soft_gradient = soft_gradient * room.clamp(max=1.0)[..., None]
-            gradient = gradient + soft_gradient
+                room = vector_norm(gradient, dim=-1) / vector_norm(soft_gradient, dim=-1).clamp_(min=1e-12)
+                soft_gradient *= room.clamp_(max=1.0)[..., None]
+            gradient += soft_gradient
         hints: dict[int, Tensor] = {}
         if self.feature_weights:
             hints, told = self._hints(hard, lesson)
-            soft = soft + told
+            parts[1] += told
         if lesson.targets is not None:  # the gradient of KL(target || answer) where there is no label
             gradient = torch.where(labelled(lesson.y)[:, None], gradient, p - lesson.targets)
-        gradient = functional.pad(gradient * lesson.weights[:, None], rest)
+        gradient = gradient * lesson.weights[:, None]
+        if rest := logits.shape[-1] - len(seen):
+            gradient = functional.pad(gradient, (0, rest))
         # A loss that is not finite may have a gradient that is.
         for index, loss in enumerate(hard.sum(1).tolist()):
             norms[index] += 0.0 if math.isfinite(loss) else math.nan
@@ -276,9 +277,9 @@ class Cohort:
         answers = leaf.argmax(-1)
         if asked.views:  # what is told of an example is the mean over its views; its answer, that to it as it came
             shape = (1 + len(asked.views), len(asked))
-            hard, soft, divergence = (told.reshape(len(told), *shape).mean(1) for told in (hard, soft, divergence))
+            parts = parts.reshape(3, len(self), *shape).mean(2)
             answers = answers[:, : len(asked)]
-        return Learned(asked, hard.mean(0), hard, soft, divergence, answers, rule.betas, norms)
+        return Learned(asked, parts[0].mean(0), parts, answers, rule.betas, norms)
 
     def _without_faulty(self, lesson: Lesson, learned: Learned, backward: Callable[[Lesson], Learned]) -> Learned:
         """Leave out the examples that are at fault, and bring the gradient of the others."""
@@ -297,7 +298,7 @@ class Cohort:
         losses = torch.full_like(learned.losses, torch.nan)
         if kept:
             learned = backward(lesson.rows(kept))
-            losses[kept] = learned.hard_losses.nanmean(0)
+            losses[kept] = learned.parts[0].nanmean(0)
         return replace(learned, losses=losses, faulty=tuple(faulty))
 
     def _discard(self) -> None:
@@ -328,15 +329,16 @@ class Cohort:
     def _distil(
         self,
         logits: Tensor,
-        hard: Tensor,
+        parts: Tensor,
         lesson: Lesson,
         rule: "_Lessons",
         *,
         seen: Tensor,
         weights: Tensor,
         harder: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Weighted and plain distillation loss `[peers, m]`, and its gradient at the logits `[peers, m, classes]`."""
+    ) -> Tensor:
+        """The gradient of distillation at the logits `[peers, m, classes]`; its losses are added to the `parts`."""
+        hard = parts[0]
         taught, charged = self._taught(logits, hard, lesson, rule, seen=seen, weights=weights)
         if harder is not None:
             taught, charged = taught[:, harder], charged[:, harder]
@@ -357,11 +359,9 @@ class Cohort:
             slopes = slope(self.distillation.loss, student, taught, lesson.y, temperature=rule.temperatures)
             shares = slopes.nan_to_num(0.0) * rule.portions[:, 0]  # a student that broke down has none
             self.slopes = shares.new_zeros(len(self)).index_add_(0, rule.students, shares).tolist()
-        return (
-            torch.zeros_like(hard).index_add_(0, rule.students, weights * loss),
-            torch.zeros_like(hard).index_add_(0, rule.students, loss * rule.portions),
-            torch.zeros_like(logits).index_add_(0, rule.students, gradient),
-        )
+        parts[1].index_add_(0, rule.students, weights * loss)
+        parts[2].index_add_(0, rule.students, loss * rule.portions)
+        return torch.zeros_like(logits).index_add_(0, rule.students, gradient)
 
     def _features(self) -> list[Tensor | None]:
         """What each peer's model told beside its logits when it last learned."""

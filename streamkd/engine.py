@@ -416,8 +416,7 @@ class Engine:
         cohort, size = self.cohort, len(self.cohort)
         parts, norms = [[0.0] * 4] * size, [0.0] * size
         if learned:
-            norms = list(learned.norms)
-            parts = torch.stack([learned.hard, learned.soft, learned.total, learned.divergence], 1).tolist()
+            norms, parts = list(learned.norms), learned.means.T.tolist()
         weights = self.served.weights.view(2, size).sum(0).tolist()
         transferred = self.transfer.values
         capacity = cohort.capacities[self.roles.teacher]
@@ -438,7 +437,7 @@ class Engine:
                 capacity_ratio=cohort.capacities[i] / capacity if cohort.capacities[i] and capacity else nan,
                 transfer_efficiency=transferred[i],
             )
-            for i, (peer, (hard, soft, total, divergence)) in enumerate(zip(cohort.peers, parts, strict=True))
+            for i, (peer, (hard, soft, divergence, total)) in enumerate(zip(cohort.peers, parts, strict=True))
         }
 
     def state_dict(self) -> dict[str, Any]:

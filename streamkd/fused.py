@@ -62,7 +62,7 @@ class Fused:
 
     @torch.no_grad()
     def __call__(self, lesson: Lesson, seen: Tensor, rule: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """Bring the gradients, cut; return hard, soft, divergence and answers, `[peers, m]`, and the norms before.
+        """Bring the gradients, cut; return the parts of the losses, the answers and the norms, see `Learned`.
 
         Args:
             lesson: without targets.
@@ -77,13 +77,13 @@ class Fused:
         columns = min(self._width, max(CLASSES, 1 << (len(seen) - 1).bit_length()))
         seen = functional.pad(seen, (0, columns - len(seen)))
         try:
-            *told, norms = self.update(self._teaching, self._stack.operands, _filled(lesson), seen, rule)
+            parts, answers, norms = self.update(self._teaching, self._stack.operands, _filled(lesson), seen, rule)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a compiler that is not there, or is another, comes to
             self.trouble = reason(error)
             return None
-        return [*(one[:, : len(lesson)] for one in told), norms]
+        return parts[..., : len(lesson)], answers[:, : len(lesson)], norms
 
 
 def fits(groups: Sequence[Group], loss: Loss) -> bool:
@@ -114,7 +114,8 @@ def update(
             `[peers, 1]`.
 
     Returns:
-        Hard and soft losses, divergences and answers, `[peers, m]`; and the norms of the gradients before they are cut.
+        The parts of the losses `[3, peers, m]`, the answers `[peers, m]`, and the norms of the gradients before they
+        are cut.
     """
     rows, gradients, clips = peers
     x, y, weights = lesson
@@ -145,7 +146,7 @@ def update(
     norms = found.norm(dim=1)
     gradients.copy_(found * (clips / norms).clamp(max=1.0)[:, None])
     norms = torch.where(hard.sum(1).isfinite(), norms, torch.nan)
-    return hard, soft, divergence, logits.argmax(-1), norms
+    return torch.stack([hard, soft, divergence]), logits.argmax(-1), norms
 
 
 def _cut(layers: Sequence[nn.Module], rows: Tensor) -> list[Tensor]:

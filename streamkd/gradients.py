@@ -22,8 +22,8 @@ def with_gradient(
     log_q = (teacher / temperature[..., None]).log_softmax(-1)
     log_p = (student / temperature[..., None]).log_softmax(-1)
     q = log_q.exp()
-    said = torch.linalg.vecdot(q, log_q - log_p) * temperature**2
-    return said, (log_p.exp_() - q) * (weights * temperature)[..., None]
+    said = torch.linalg.vecdot(q, log_q - log_p) * (temperature * temperature)
+    return said, log_p.exp_().sub_(q).mul_((weights * temperature)[..., None])
 
 
 def slope(loss: Loss, student: Tensor, teacher: Tensor, y: Tensor, *, temperature: Tensor) -> Tensor:

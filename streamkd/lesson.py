@@ -111,9 +111,8 @@ class Learned:
     Attributes:
         lesson: what it learned from.
         losses: `[m]`, hard loss of each example, the mean over peers, before the step; NaN for one at fault.
-        hard_losses: `[peers, m]`, likewise, of those that were learned.
-        soft_losses: `[peers, m]`, weighted distillation, as it is before it is capped.
-        divergences: `[peers, m]`, distillation loss from the teachers, unweighted.
+        parts: `[3, peers, m]`, of those that were learned: hard losses; weighted distillation, as it is before it is
+            capped; and distillation loss from the teachers, unweighted.
         answers: `[peers, m]`, class indices.
         betas: `[peers, 1]`, the weight of the labels.
         norms: one a peer, of the gradient before clipping; NaN where the loss is not finite.
@@ -123,9 +122,7 @@ class Learned:
 
     lesson: Lesson
     losses: Tensor
-    hard_losses: Tensor
-    soft_losses: Tensor
-    divergences: Tensor
+    parts: Tensor
     answers: Tensor
     betas: Tensor
     norms: Sequence[float]
@@ -138,24 +135,16 @@ class Learned:
         return all(map(isfinite, self.norms))
 
     @property
-    def hard(self) -> Tensor:
-        """`[peers]`, mean hard loss."""
-        return self.hard_losses.sum(1) / labelled(self.lesson.y).sum().clamp(min=1)
+    def means(self) -> Tensor:
+        """`[4, peers]`: mean hard loss, distillation weighted and unweighted, and the sum that was minimised.
 
-    @property
-    def soft(self) -> Tensor:
-        """`[peers]`, mean weighted distillation."""
-        return self.soft_losses.mean(1)
-
-    @property
-    def divergence(self) -> Tensor:
-        """`[peers]`, mean distillation loss, unweighted."""
-        return self.divergences.mean(1)
-
-    @property
-    def total(self) -> Tensor:
-        """`[peers]`, the sum that was minimised, as it is before distillation is capped."""
-        return (self.betas * self.hard_losses + self.soft_losses) @ self.lesson.weights / self.updates
+        The last is as it is before distillation is capped.
+        """
+        sums = self.parts.sum(2)
+        sums[0] /= labelled(self.lesson.y).sum().clamp(min=1)
+        sums[1:] /= self.parts.shape[2]
+        total = (self.betas * self.parts[0] + self.parts[1]) @ self.lesson.weights / self.updates
+        return torch.cat([sums, total[None]])
 
     @property
     def compared(self) -> int:
@@ -175,9 +164,7 @@ def side_by_side(lesson: Lesson, parts: Sequence[Learned]) -> Learned:
         parts[0],
         lesson=lesson,
         losses=torch.cat([part.losses for part in parts]),
-        hard_losses=torch.cat([part.hard_losses for part in parts], 1),
-        soft_losses=torch.cat([part.soft_losses for part in parts], 1),
-        divergences=torch.cat([part.divergences for part in parts], 1),
+        parts=torch.cat([part.parts for part in parts], 2),
         answers=torch.cat([part.answers for part in parts], 1),
     )
 
@@ -193,9 +180,7 @@ def together(learned: Sequence[Learned]) -> Learned:
             torch.cat([one.lesson.weights for one in learned]),
         ),
         losses=torch.cat([one.losses for one in learned]),
-        hard_losses=torch.cat([one.hard_losses for one in learned], 1),
-        soft_losses=torch.cat([one.soft_losses for one in learned], 1),
-        divergences=torch.cat([one.divergences for one in learned], 1),
+        parts=torch.cat([one.parts for one in learned], 2),
         answers=torch.cat([one.answers for one in learned], 1),
         betas=learned[-1].betas,
         norms=[sum(norms) / len(learned) for norms in zip(*(one.norms for one in learned), strict=True)],
