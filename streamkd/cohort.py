@@ -110,10 +110,11 @@ class Cohort:
         """Answer `x` `[n, ...]`: logits `[2 * peers, n, classes]`, the peers' first, then their averages'."""
 
         def answer() -> Tensor:
-            said = [self._predict(part) for part in torch.split(x, self.fitting.at_once)]
-            return said[0] if len(said) == 1 else torch.cat(said, 1)
+            if x.shape[0] <= self.fitting.at_once:
+                return self._predict(x)
+            return torch.cat([self._predict(part) for part in torch.split(x, self.fitting.at_once)], 1)
 
-        return self.fitting(answer, len(x))
+        return self.fitting(answer, x.shape[0])
 
     def _predict(self, x: Tensor) -> Tensor:
         said = [group.predict(x) for group in self.groups]
@@ -158,10 +159,10 @@ class Cohort:
             signals = self._signals(student, by, classes, previous=alphas.get((source, student)))
             alpha = rule.alpha(signals) * min(1.0, rule.widest_gap * signals.capacity / signals.teacher_capacity)
             self.alphas[source, student] = alpha
-            signals = replace(signals, alpha=alpha)
-            self.betas[student] = rule.beta(replace(signals, previous=betas[student]))
+            signals.alpha, signals.previous = alpha, betas[student]
+            self.betas[student] = rule.beta(signals)
             if rule.features is not None:
-                signals = replace(signals, previous=weights.get((source, student)))
+                signals.previous = weights.get((source, student))
                 self.feature_weights[source, student] = rule.feature_weight(signals)
         self.temperatures = [
             rule.temperature(self._signals(student, teacher, classes, previous=previous))

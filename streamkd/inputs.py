@@ -32,31 +32,25 @@ class Standardiser:
     def __init__(self, clip: float = 8.0, horizon: int = 100_000) -> None:
         self.clip = clip
         self.horizon = horizon
-        # Double precision: sums of squares of large raw values cancel badly in single.
-        self.count = torch.zeros(0, dtype=torch.float64)
-        self.mean = torch.zeros(0, dtype=torch.float64)
-        self.square = torch.zeros(0, dtype=torch.float64)  # sum of squared distances from the mean
-        self._derive()
+        self._learned(*np.zeros((3, 0)))
 
     def update(self, x: Tensor) -> None:
         """Learn from the raw inputs `x` `[n, features, ...]`."""
         if not len(x):
             return
-        if not len(self.mean):
-            self.count, self.mean, self.square = torch.zeros(3, x.shape[1], dtype=torch.float64).unbind()
-        before, mean_before, square_before = self.count.numpy(), self.mean.numpy(), self.square.numpy()
-        count, mean, square = (_of_bytes if x.dtype == torch.uint8 else _of_numbers)(x, *self._believable())
-        total = before + count
-        delta = mean - mean_before
-        mean = mean_before + delta * count / np.maximum(total, 1)
-        square = square_before + square + delta * delta * before * count / np.maximum(total, 1)
+        if not len(self._mean):
+            self._learned(*np.zeros((3, x.shape[1])))
+        count, mean, square = (_of_bytes if x.dtype == torch.uint8 else _of_numbers)(x, *self._believable)
+        total = self._count + count
+        share = count / np.maximum(total, 1)
+        delta = mean - self._mean
+        square = self._square + square + delta * delta * self._count * share
         forget = np.minimum(self.horizon / np.maximum(total, 1), 1)
-        self.count, self.mean, self.square = map(torch.from_numpy, (total * forget, mean, square * forget))
-        self._derive()
+        self._learned(total * forget, self._mean + delta * share, square * forget)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x` standardised, clipped, and without missing values."""
-        if len(self.mean):
+        if len(self._mean):
             # Single precision comes after centring: a column of time stamps would lose its seconds before it.
             x = x if x.is_floating_point() else x.float()
             centre, scale = self._shaped(x)
@@ -67,15 +61,23 @@ class Standardiser:
         like = (x.dim(), x.dtype, x.device)
         if like not in self._ready:
             shape = (1, -1) + (1,) * (x.dim() - 2)
-            self._ready[like] = self._centre.view(shape).to(x), self._scale.view(shape).to(x)
+            self._ready[like] = self.mean.view(shape).to(x), torch.from_numpy(self._scale).view(shape).to(x)
         return self._ready[like]
 
-    def _believable(self) -> tuple[Array, Array]:
-        """Return the least and the greatest value `[features, 1]` that the scale is learned from."""
-        count, mean, square = self.count.numpy(), self.mean.numpy(), self.square.numpy()
-        longest = np.maximum(self.clip**2 / np.maximum(count, 1), SHARE)
-        reach = np.where((count >= FEW) & (square > 0), np.sqrt(square * longest), np.inf)
-        return (mean - reach)[:, None], (mean + reach)[:, None]
+    @property
+    def count(self) -> Tensor:
+        """`[features]`, how many values were learned, those that were forgotten taken off."""
+        return torch.from_numpy(self._count)
+
+    @property
+    def mean(self) -> Tensor:
+        """`[features]`."""
+        return torch.from_numpy(self._mean)
+
+    @property
+    def square(self) -> Tensor:
+        """`[features]`, the sum of squared distances from the mean."""
+        return torch.from_numpy(self._square)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that was learned."""
@@ -83,15 +85,21 @@ class Standardiser:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self.count, self.mean, self.square = state["count"], state["mean"], state["square"]
-        self._derive()
+        self._learned(*(state[name].numpy() for name in ("count", "mean", "square")))
 
-    def _derive(self) -> None:
-        variance = self.square.numpy() / np.maximum(self.count.numpy(), 1)
+    def _learned(self, count: Array, mean: Array, square: Array) -> None:
+        """Scale by what was learned, `[features]` each."""
+        # Double precision: sums of squares of large raw values cancel badly in single.
+        self._count, self._mean, self._square = count, mean, square
+        spread = np.sqrt(square / np.maximum(count, 1))
+        varies = spread > 0
         # A feature that never varied says nothing, and must not be blown up when it first does.
-        scale = np.where(variance > 0, 1 / np.sqrt(np.maximum(variance, 1e-24)), 1.0)
-        self._centre, self._scale = self.mean, torch.from_numpy(scale)
+        self._scale = np.where(varies, 1 / np.maximum(spread, 1e-12), 1.0)
         self._ready: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        # The least and the greatest value that the scale is learned from.
+        longest = spread * np.sqrt(np.maximum(self.clip**2, SHARE * count))
+        reach = np.where(varies & (count >= FEW), longest, np.inf)
+        self._believable = (mean - reach)[:, None], (mean + reach)[:, None]
 
 
 def _of_numbers(x: Tensor, least: Array, most: Array) -> tuple[Array, Array, Array]:
@@ -100,8 +108,9 @@ def _of_numbers(x: Tensor, least: Array, most: Array) -> tuple[Array, Array, Arr
     known = np.isfinite(values)  # an infinity in the sums would never leave them
     values = np.minimum(np.maximum(values, least), most)
     if known.all():
-        mean = values.mean(1)
-        return np.full(len(values), float(values.shape[1])), mean, np.square(values - mean[:, None]).sum(1)
+        count = np.full(len(values), float(values.shape[1]))
+        mean = values.sum(1) / count
+        return count, mean, np.square(values - mean[:, None]).sum(1)
     count = known.sum(1)
     mean = values.sum(1, where=known) / np.maximum(count, 1)
     return count, mean, np.square(values - mean[:, None]).sum(1, where=known)

@@ -6,9 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from streamkd.sums import Totals
+from streamkd.sums import Index, Totals
+
+LEAST = np.float32(1e-3)
+"""Added to every loss: no priority is zero, so every record can be drawn again."""
 
 Evict = Callable[["ReplayBuffer", int], Tensor]
 """Chooses the slots that `n` new records take; a slot of -1 turns a record away."""
@@ -108,6 +112,8 @@ class ReplayBuffer:
         self.births = torch.zeros(capacity, dtype=torch.int64)
         self._x: Tensor | None = None
         self._y = torch.zeros(capacity, dtype=torch.int64)
+        # The same numbers, for numpy, which is the quicker one on so few.
+        self._levels, self._born = self.priorities.numpy(), self.births.numpy()
 
     def __len__(self) -> int:
         return self.size
@@ -129,15 +135,16 @@ class ReplayBuffer:
             self._add(x[start : start + self.capacity], y[start : start + self.capacity], highest)
 
     def _add(self, x: Tensor, y: Tensor, priority: float) -> None:
-        slots, births = self.evict(self, len(y)), self.added + torch.arange(len(y))
+        slots, births = self.evict(self, len(y)), np.arange(self.added, self.added + len(y))
         self.added += len(y)
         self.since_drift += len(y)
         if self.evict is not ring:
             kept = (slots >= 0).nonzero()[:, 0]
-            slots, births, x, y = slots[kept], births[kept], x[kept], y[kept]
+            slots, births, x, y = slots[kept], births[kept.numpy()], x[kept], y[kept]
         memory = torch.as_tensor(self._x)
-        memory[slots], self._y[slots], self.births[slots] = x.to(memory), y.cpu(), births
-        self._prioritise(slots, torch.full((len(slots),), priority))
+        memory[slots], self._y[slots] = x.to(memory), y.cpu()
+        self._born[slots.numpy()] = births
+        self._prioritise(slots.numpy(), priority)
         self.size = min(self.added, self.capacity)
 
     def begin_with(self, state: Mapping[str, Any]) -> None:
@@ -154,9 +161,11 @@ class ReplayBuffer:
         slots = self._draw(n, min(window or self.size, self.size))
         if not len(slots):
             return self.sample(0)
-        weights = self._mass[slots.numpy()] ** -self.beta  # N and the sum of the masses cancel in the next line
-        ages = self.added - self.births[slots]
-        return Memories(slots, self._x[slots], self._y[slots], torch.from_numpy(weights / weights.max()).float(), ages)
+        places = slots.numpy()
+        weights = self._mass[places] ** -self.beta  # N and the sum of the masses cancel in the next line
+        weights = (weights / weights.max()).astype(np.float32)
+        ages = self.added - self._born[places]
+        return Memories(slots, self._x[slots], self._y[slots], torch.from_numpy(weights), torch.from_numpy(ages))
 
     def _draw(self, n: int, window: int) -> Tensor:
         """Draw slots `[n]` of the latest `window` records, in proportion to their mass; none if they have none."""
@@ -192,27 +201,28 @@ class ReplayBuffer:
         """The highest priority in the buffer."""
         return self._peaks.total
 
-    def _prioritise(self, slots: Tensor, priorities: Tensor) -> None:
-        self.priorities[slots] = priorities
+    def _prioritise(self, places: Index, priorities: NDArray[np.float32] | float) -> None:
+        self._levels[places] = priorities
         # Read back, for a slot that came twice has one of its two values.
-        places, values = slots.numpy(), self.priorities[slots].double().numpy()
+        values = self._levels[places].astype(np.float64)
         self._peaks[places] = values
-        self._mass[places] = np.where(values > 0, values**self.alpha, 0.0)
+        self._mass[places] = values**self.alpha if values.all() else np.where(values > 0, values**self.alpha, 0.0)
 
     def update(self, slots: Tensor, losses: Tensor) -> None:
         """Refresh the priorities of what was recalled with the losses `[m]` it just had."""
         if not len(slots):
             return
-        raw = losses.nan_to_num(0.0, posinf=0.0) + 1e-3  # never zero: every record can be drawn again
+        values = losses.numpy()
+        values = np.where(np.isfinite(values), values, 0) + LEAST
         # A running quantile by stochastic steps in proportion to the typical loss: no sorting, no window.
-        values = raw.numpy()
-        above = float((values > self.ceiling).mean())
-        self.ceiling = max(self.ceiling + float(values.mean()) * 0.5 * (above - (1 - self.cap)), 1e-3)
-        self._prioritise(slots, raw.clamp(max=self.ceiling))
+        above = float(np.count_nonzero(values > self.ceiling)) / len(values)
+        mean = float(values.sum()) / len(values)
+        self.ceiling = max(self.ceiling + mean * 0.5 * (above - (1 - self.cap)), float(LEAST))
+        self._prioritise(slots.numpy(), np.minimum(values, np.float32(self.ceiling)))
 
     def bar(self, slots: Tensor) -> None:
         """Never draw these records again: they break the peers."""
-        self._prioritise(slots, torch.zeros(len(slots)))
+        self._prioritise(slots.numpy(), 0.0)
 
     def forget_schedule(self) -> None:
         """Start the annealing of the importance weights again: the world has changed."""
@@ -238,7 +248,7 @@ class ReplayBuffer:
             self._x = state["x"].new_zeros(self.capacity, *state["x"].shape[1:])
             self._x[: self.size] = state["x"]
         self._y[: self.size] = state["y"]
-        self._prioritise(torch.arange(self.size), state["priorities"])
+        self._prioritise(np.arange(self.size), state["priorities"].numpy())
         self.births[: self.size] = state["births"]
         self.added, self.since_drift, self.ceiling = state["added"], state["since_drift"], state["ceiling"]
         self.generator.set_state(state["generator"])
@@ -246,7 +256,7 @@ class ReplayBuffer:
 
 def ring(buffer: ReplayBuffer, n: int) -> Tensor:
     """The oldest make room."""
-    return (buffer.added + torch.arange(n)) % buffer.capacity
+    return torch.arange(buffer.added, buffer.added + n).remainder_(buffer.capacity)
 
 
 def lowest(buffer: ReplayBuffer, n: int) -> Tensor:

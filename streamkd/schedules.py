@@ -16,7 +16,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Growth = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Signals:
     """What a schedule may know of one student and its teacher.
 

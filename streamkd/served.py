@@ -77,7 +77,7 @@ class Served:
         """Learn from the log-probabilities `[members, n]` that each gave to what turned out to be true."""
         gamma = self.gamma_drift if self.alert else self.gamma
         said = log_p.numpy().astype(np.float64)
-        gains = np.maximum(np.where(np.isnan(said), LOG_FLOOR, said), LOG_FLOOR).sum(1)
+        gains = np.fmax(said, LOG_FLOOR).sum(1)
         self._score(gamma ** log_p.shape[1] * self._scores + gains)
         self.alert = max(0, self.alert - 1)
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 TINY = 1e-6
@@ -44,11 +43,17 @@ class TransferEfficiency:
     @property
     def values(self) -> list[float]:
         """One a peer, between 0 and 1; the teacher's own is 1 where its answers vary."""
-        joint = self.tables / np.maximum(self.tables.sum((1, 2), keepdims=True), 1e-12)
-        entropy = _entropy(joint.sum(2))
-        information = entropy + _entropy(joint.sum(1)) - _entropy(joint.reshape(len(joint), -1))
-        shares: list[float] = np.where(entropy > TINY, information / np.maximum(entropy, TINY), 0.0).clip(0, 1).tolist()
-        return shares
+        cells, rows, columns = self.tables.reshape(len(self.tables), -1), self.tables.sum(2), self.tables.sum(1)
+        counts = np.concatenate([cells, rows, columns], 1)
+        terms = counts * np.log(np.maximum(counts, 1e-300))
+        ends = (0, cells.shape[1], cells.shape[1] + rows.shape[1])
+        # With n counts in all, an entropy is ln n - (sum of count ln count) / n.
+        total = np.maximum(rows.sum(1), 1e-300)
+        both, teachers, students = np.log(total) - (np.add.reduceat(terms, ends, 1) / total[:, None]).T
+        return [
+            min(1.0, max(0.0, (one + other - joint) / one)) if one > TINY else 0.0
+            for joint, one, other in zip(both.tolist(), teachers.tolist(), students.tolist(), strict=True)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the table."""
@@ -58,7 +63,3 @@ class TransferEfficiency:
         """Go on from what `state_dict` returned."""
         self.tables, self.teacher = state["tables"].numpy(), state["teacher"]
 
-
-def _entropy(p: NDArray[np.float64]) -> NDArray[np.float64]:
-    entropies: NDArray[np.float64] = -(p * np.log(np.maximum(p, 1e-300))).sum(-1)
-    return entropies
