@@ -1,7 +1,6 @@
 """One batch through all of it: predict, join, score, adapt, recall, learn, remember, report."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import zip_longest
 from math import isfinite, nan
 from typing import Any
@@ -18,7 +17,7 @@ from streamkd.distillation import Distillation
 from streamkd.drift import DriftWatch, adwin
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Answers, Pending
-from streamkd.lesson import Learned, Lesson, joined, together
+from streamkd.lesson import Learned, Lesson, joined
 from streamkd.logits import UNSEEN, mask_unseen
 from streamkd.peer import Peer
 from streamkd.pool import Pool
@@ -127,21 +126,22 @@ class Engine:
         drifts, swap = self._adapt(scored)
         self._note("adapt")
         untold = self._untold(batch, said)
-        if self.pool is not None and len(untold):
+        if self.pool is not None and untold is not None:
             self.pool.assume(untold.log_p)
         memories: list[Memories] = []
         learned: list[Learned] = []
         faulty: list[int] = []
         stride = self.recall.stride
-        parts = zip_longest(answers.split(stride), untold.split(stride), fillvalue=said.rows(slice(0)))
-        for first, (part, taught) in enumerate(parts):
+        parts = zip_longest(answers.split(stride), untold.split(stride) if untold else ())
+        for first, (known, taught) in enumerate(parts):
+            part = known or answers.rows(slice(0))
             drawn = self._recall(part)
             self._note("recall")
             taken, broken = self._learn(part, drawn, taught)
             self._note("learn")
             self._remember(part.without(broken), drawn, taken)
             self._note("remember")
-            memories += drawn
+            memories.append(drawn)
             learned += taken
             faulty += [first * stride + row for row in broken]
         return self._report(
@@ -152,7 +152,7 @@ class Engine:
             swap=swap,
             memories=memories,
             learned=learned,
-            taught=len(untold) if learned else 0,
+            taught=len(untold) if learned and untold else 0,
             faults=_faults(batch, answers, faulty),
         )
 
@@ -182,6 +182,7 @@ class Engine:
     def _look(self) -> None:
         """Note the classes up to the last one that was seen: nothing is computed for those after it."""
         (met,) = self.seen.nonzero(as_tuple=True)
+        self._met = len(met)
         self._seen = self.seen[: int(met[-1]) + 1 if len(met) else self.classes].to(self.device)
 
     @torch.no_grad()
@@ -263,51 +264,51 @@ class Engine:
         grown = min(self.drift.detector.width, self.recall.window + self.replay.since_drift)
         return min(max(grown, self.recall.window), self.replay.capacity)
 
-    def _untold(self, batch: Batch, said: Answers) -> Answers:
-        """Choose the records that will never have a label, where the served answer is confident."""
+    def _untold(self, batch: Batch, said: Answers) -> Answers | None:
+        """Choose the records that will never have a label, where the served answer is confident; None for none."""
         rule = self.cohort.distillation
+        if batch.ids or not rule.unlabelled or self.cohort.updates < rule.burn_in:
+            return None
         unknown = ~labelled(said.y)
-        if batch.ids or not rule.unlabelled or self.cohort.updates < rule.burn_in or not bool(unknown.any()):
-            return said.rows(slice(0))
-        return said.rows(unknown & (said.served.max(-1).values >= rule.confidence))
+        if not bool(unknown.any()):
+            return None
+        return said.rows(unknown & (said.served.max(-1).values >= rule.confidence)) or None
 
-    def _recall(self, answers: Answers) -> list[Memories]:
-        """Draw the memories for each update of this batch; where no label came, there is none.
+    def _recall(self, answers: Answers) -> Memories:
+        """Draw the memories for all the updates of this batch; where no label came, there is none.
 
         Where labels are scarce, the same few memories would be learned by heart while records without a label pass by,
         and those records without memories would soon be all that is learned.
         """
-        if not len(answers):
-            return []
-        updates = self._effort()
-        return self.replay.sample(updates * self.recall.records, self._window()).split(updates)
+        return self.replay.sample(self._effort() * self.recall.records if len(answers) else 0, self._window())
 
     def _effort(self) -> int:
         """How many optimizer steps this batch is worth: more while the world is new."""
         return round(self.recall.updates * self.cohort.effort)
 
-    def _learn(self, answers: Answers, memories: list[Memories], untold: Answers) -> tuple[list[Learned], list[int]]:
-        """One optimizer step a peer for each draw of memories, all the records of the batch in every one of them.
+    def _learn(self, answers: Answers, memories: Memories, untold: Answers | None) -> tuple[list[Learned], list[int]]:
+        """One optimizer step a peer for each share of the memories, all the records of the batch in every one of them.
 
         Returns:
             What each update did, and the rows left out because an update on one alone is not finite.
         """
+        if not len(answers):
+            return [], []
         rule = self.cohort.distillation
-        if len(answers):
-            self.cohort.schedule(self.roles.teacher, int(self.seen.sum()))
+        self.cohort.schedule(self.roles.teacher, self._met)
         raw, y = answers.x, answers.y.to(self.device)
         x = self.inputs(raw)
         kept, faulty = list(range(len(answers))), list[int]()
         open_x = targets = x[:0]
-        if len(untold):
+        if untold is not None:
             open_x = self.inputs(untold.x)
             targets = doubted(untold.served[:, : len(self._seen)].to(self.device), self._seen, rule.doubt)
         learned = []
-        for recalled in self._lessons(memories):
+        for recalled in self._lessons(memories, self._effort()):
             among = rule.stream_classes(y, len(self._seen))
             shown = x if self.augment is None else self.inputs(self.augment(raw))
             parts = [recalled, Lesson(shown, y, _even(x), among=among, views=self._views(raw))]
-            if len(untold):
+            if untold is not None:
                 mixed, mixed_targets = interpolated(open_x, targets, rule.interpolate)
                 parts.append(Lesson(mixed, untold.y.to(self.device), _even(mixed) * rule.unlabelled, mixed_targets))
             result = self.cohort.learn(
@@ -322,20 +323,16 @@ class Engine:
         self.cohort.absorb(x, y, teacher=self.roles.teacher)
         return learned, faulty
 
-    def _lessons(self, memories: list[Memories]) -> list[Lesson]:
-        """Make memories ready for the models, those of all updates at once."""
-        if not memories or not len(memories[0]):
-            return [Lesson(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0)) for _ in memories]
-        raw = torch.cat([drawn.x for drawn in memories]).to(self.device)
+    def _lessons(self, memories: Memories, updates: int) -> list[Lesson]:
+        """Make memories ready for the models, those of all updates at once, and deal them out."""
+        if not len(memories):
+            return [Lesson(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0))] * updates
+        raw = memories.x.to(self.device)
         x = self.inputs(raw if self.augment is None else self.augment(raw))
-        weights = torch.cat([drawn.weights / len(drawn) for drawn in memories]).to(self.device)
-        y = torch.cat([drawn.y for drawn in memories]).to(self.device)
-        sizes = [len(drawn) for drawn in memories]
-        lessons = map(Lesson, *(torch.split(column, sizes) for column in (x, y, weights)))
-        if not self.cohort.distillation.views:
-            return list(lessons)
-        views = zip(*(torch.split(view, sizes) for view in self._views(raw)), strict=True)
-        return [replace(lesson, views=own) for lesson, own in zip(lessons, views, strict=True)]
+        weights = (memories.weights / (len(memories) // updates)).to(self.device)
+        columns = (x, memories.y.to(self.device), weights, *self._views(raw))
+        dealt = zip(*(column.view(updates, -1, *column.shape[1:]).unbind() for column in columns), strict=True)
+        return [Lesson(x, y, weights, views=tuple(views)) for x, y, weights, *views in dealt]
 
     def _views(self, raw: Tensor) -> tuple[Tensor, ...]:
         """Make ever harder views of raw inputs, ready for the models."""
@@ -345,14 +342,14 @@ class Engine:
             made.append(self.inputs(raw))
         return tuple(made)
 
-    def _remember(self, answers: Answers, memories: list[Memories], learned: list[Learned]) -> None:
+    def _remember(self, answers: Answers, memories: Memories, learned: list[Learned]) -> None:
         """Refresh the priorities of what was recalled, then remember what was learned."""
-        if learned and len(memories[0]):
-            losses = [result.losses[: len(drawn)] for drawn, result in zip(memories, learned, strict=True)]
-            self.replay.update(torch.cat([drawn.slots for drawn in memories]), torch.cat(losses).cpu())
-        for drawn, result in zip(memories, learned, strict=True):
-            if result.faulty:
-                self.replay.bar(drawn.slots[[row for row in result.faulty if row < len(drawn)]])
+        if len(memories):
+            each = len(memories) // len(learned)
+            self.replay.update(memories.slots, torch.cat([result.losses[:each] for result in learned]).cpu())
+            faulty = [each * n + row for n, result in enumerate(learned) for row in result.faulty if row < each]
+            if faulty:
+                self.replay.bar(memories.slots[faulty])
         self.replay.add(answers.x.cpu(), answers.y)
 
     def _note(self, stage: str) -> None:
@@ -375,7 +372,6 @@ class Engine:
     ) -> Report:
         cohort, names = self.cohort, self.cohort.names
         stepped = any(isfinite(norm) for result in learned for norm in result.norms)
-        taken = together(learned) if learned else None
         return Report(
             step=self.steps,
             updates=cohort.updates,
@@ -384,7 +380,7 @@ class Engine:
             unlabelled=int((batch.y < 0).sum()),
             trained=len(scored.y) - len(faults) if stepped else 0,
             faults=faults,
-            classes=int(self.seen.sum()),
+            classes=self._met,
             rate=cohort.rate,
             accuracy=self.accuracy,
             position=batch.position,
@@ -393,18 +389,18 @@ class Engine:
             taught=taught,
             scored=scored,
             teacher=names[self.roles.teacher],
-            peers=self._peer_reports(taken),
+            peers=self._peer_reports(learned),
             alphas={(cohort.source_name(i), names[j]): value for (i, j), value in cohort.alphas.items()},
-            agreed=taken.agreed if taken else 0,
-            compared=taken.compared if taken else 0,
+            agreed=sum(one.agreed for one in learned),
+            compared=sum(one.compared for one in learned),
             drift=drifts,
             swap=None if swap is None else SwapReport(names[swap.before], names[swap.after], swap.reason),
             replay=ReplayReport(
                 len(self.replay),
                 self.replay.capacity,
                 self._window(),
-                _joined([self.replay.priorities[drawn.slots] for drawn in memories]),
-                _joined([drawn.ages for drawn in memories]),
+                torch.cat([self.replay.priorities[drawn.slots] for drawn in memories]),
+                torch.cat([drawn.ages for drawn in memories]),
             ),
             pending=len(self.pending),
             joined=self.pending.joined,
@@ -412,11 +408,9 @@ class Engine:
             seconds=self._seconds,
         )
 
-    def _peer_reports(self, learned: Learned | None) -> dict[str, PeerReport]:
+    def _peer_reports(self, learned: list[Learned]) -> dict[str, PeerReport]:
         cohort, size = self.cohort, len(self.cohort)
-        parts, norms = [[0.0] * 4] * size, [0.0] * size
-        if learned:
-            norms, parts = list(learned.norms), learned.means.T.tolist()
+        told = torch.stack([one.means for one in learned]).mean(0).tolist() if learned else [[0.0] * size] * 5
         weights = self.served.weights.view(2, size).sum(0).tolist()
         transferred = self.transfer.values
         capacity = cohort.capacities[self.roles.teacher]
@@ -430,14 +424,14 @@ class Engine:
                 soft=soft,
                 total=total,
                 divergence=divergence,
-                gradient_norm=norms[i],
+                gradient_norm=norm,
                 skipped=peer.skipped,
                 rollbacks=peer.rollbacks,
                 restarts=peer.restarts,
                 capacity_ratio=cohort.capacities[i] / capacity if cohort.capacities[i] and capacity else nan,
                 transfer_efficiency=transferred[i],
             )
-            for i, (peer, (hard, soft, divergence, total)) in enumerate(zip(cohort.peers, parts, strict=True))
+            for i, (peer, hard, soft, divergence, total, norm) in enumerate(zip(cohort.peers, *told, strict=True))
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -508,10 +502,6 @@ def _faults(batch: Batch, answers: Answers, faulty: list[int]) -> tuple[Fault, .
     return tuple(
         Fault(own[row - waited] if row >= waited else None, answers.x[row], int(answers.y[row])) for row in faulty
     )
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def _even(x: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ class Norm:
     def __call__(self, x: Tensor) -> Tensor:
         """See `Layer`."""
         self._x = x
-        self._normal, self._mean, self._spread = torch.native_layer_norm(x, x.shape[-1:], *self._idle, self._eps)
+        scale, shift = self._idle
+        self._normal, self._mean, self._spread = torch.native_layer_norm(x, x.shape[-1:], scale, shift, self._eps)
         if self._scale is None:
             return self._normal
         if self._shift is None:

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from streamkd.batch import labelled
+from streamkd.batch import UNLABELLED
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -106,7 +107,7 @@ def _filled(rows: Sequence[Tensor | None], parts: Sequence[Lesson], value: float
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Learned:
-    """What one update did, or several.
+    """What one update did.
 
     Attributes:
         lesson: what it learned from.
@@ -117,7 +118,6 @@ class Learned:
         betas: `[peers, 1]`, the weight of the labels.
         norms: one a peer, of the gradient before clipping; NaN where the loss is not finite.
         faulty: rows of examples that were left out, because an update on one of them alone is not finite.
-        updates: how many.
     """
 
     lesson: Lesson
@@ -127,7 +127,6 @@ class Learned:
     betas: Tensor
     norms: Sequence[float]
     faulty: tuple[int, ...] = ()
-    updates: int = 1
 
     @property
     def finite(self) -> bool:
@@ -136,15 +135,18 @@ class Learned:
 
     @property
     def means(self) -> Tensor:
-        """`[4, peers]`: mean hard loss, distillation weighted and unweighted, and the sum that was minimised.
+        """`[5, peers]`: mean hard loss, distillation weighted and unweighted, what was minimised, its gradient's norm.
 
-        The last is as it is before distillation is capped.
+        What was minimised is as it is before distillation is capped.
         """
-        sums = self.parts.sum(2)
-        sums[0] /= labelled(self.lesson.y).sum().clamp(min=1)
-        sums[1:] /= self.parts.shape[2]
-        total = (self.betas * self.parts[0] + self.parts[1]) @ self.lesson.weights / self.updates
-        return torch.cat([sums, total[None]])
+        parts, betas = self.parts.cpu().numpy(), self.betas.cpu().numpy()
+        means = np.empty((5, parts.shape[1]), parts.dtype)
+        parts.sum(2, out=means[:3])
+        means[0] /= max(1, np.count_nonzero(self.lesson.y.cpu().numpy() != UNLABELLED))
+        means[1:3] /= parts.shape[2]
+        means[3] = (betas * parts[0] + parts[1]) @ self.lesson.weights.cpu().numpy()
+        means[4] = self.norms
+        return torch.from_numpy(means)
 
     @property
     def compared(self) -> int:
@@ -155,7 +157,8 @@ class Learned:
     @property
     def agreed(self) -> int:
         """Pairs of them that gave the same answer."""
-        return (int((self.answers[:, None] == self.answers).sum()) - self.answers.numel()) // 2
+        answers = self.answers.cpu().numpy()
+        return int(np.count_nonzero(answers[:, None] == answers) - answers.size) // 2
 
 
 def side_by_side(lesson: Lesson, parts: Sequence[Learned]) -> Learned:
@@ -166,23 +169,4 @@ def side_by_side(lesson: Lesson, parts: Sequence[Learned]) -> Learned:
         losses=torch.cat([part.losses for part in parts]),
         parts=torch.cat([part.parts for part in parts], 2),
         answers=torch.cat([part.answers for part in parts], 1),
-    )
-
-
-def together(learned: Sequence[Learned]) -> Learned:
-    """Tell of several updates as of one; norms are the means."""
-    if len(learned) == 1:
-        return learned[0]
-    return Learned(
-        Lesson(
-            learned[0].lesson.x[:0],
-            torch.cat([one.lesson.y for one in learned]),
-            torch.cat([one.lesson.weights for one in learned]),
-        ),
-        losses=torch.cat([one.losses for one in learned]),
-        parts=torch.cat([one.parts for one in learned], 2),
-        answers=torch.cat([one.answers for one in learned], 1),
-        betas=learned[-1].betas,
-        norms=[sum(norms) / len(learned) for norms in zip(*(one.norms for one in learned), strict=True)],
-        updates=len(learned),
     )

@@ -58,7 +58,8 @@ class LabelRates:
         if seen.any():  # before one is, all may come
             rates *= seen
         with np.errstate(divide="ignore"):
-            return np.maximum(np.log(rates / rates.sum(1)[:, None]), UNSEEN)
+            log_p: NDArray[np.float64] = np.maximum(np.log(rates / rates.sum(1)[:, None]), UNSEEN)
+        return log_p
 
     def update(self, y: Tensor) -> None:
         """Count the labels `y` `[n]`, in the order in which they came."""

@@ -39,15 +39,6 @@ class Memories:
     def __len__(self) -> int:
         return self.slots.shape[0]
 
-    def split(self, parts: int) -> "list[Memories]":
-        """Deal the records out into `parts` draws of equal size."""
-        columns = zip(*(column.chunk(parts) for column in self._columns()), strict=True)
-        dealt = [Memories(*column) for column in columns]
-        return dealt if len(self) else [self] * parts
-
-    def _columns(self) -> tuple[Tensor, ...]:
-        return self.slots, self.x, self.y, self.weights, self.ages
-
 
 @dataclass(frozen=True, slots=True)
 class Recall:

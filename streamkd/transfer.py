@@ -62,4 +62,3 @@ class TransferEfficiency:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         self.tables, self.teacher = state["tables"].numpy(), state["teacher"]
-
