@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -18,9 +18,10 @@ from streamkd.distillation import Distillation
 from streamkd.faults import at_fault
 from streamkd.fitting import Fitting
 from streamkd.fused import Fused, fits
-from streamkd.gradients import slope, with_gradient
+from streamkd.gradients import TINY, Pairs, in_arrays, slope, with_gradient
 from streamkd.lesson import Learned, Lesson, side_by_side
 from streamkd.logits import UNSEEN, cross_entropy, labels_loss, mask_unseen
+from streamkd.losses import kd
 from streamkd.peer import Peer
 from streamkd.report import SERVED
 from streamkd.river_peer import RiverPeer
@@ -37,19 +38,6 @@ UNFIT = (
 """What stands in the way of compiling an update."""
 FUTILE = 8
 """Restarts of every peer, without one step between them, after which learning is given up."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Lessons:
-    """What the schedules said of each pair, as tensors `[pairs, 1]`; betas `[peers, 1]`."""
-
-    betas: Tensor
-    teach: bool
-    sources: Tensor
-    students: Tensor
-    alphas: Tensor  # shared out among a student's teachers
-    portions: Tensor
-    temperatures: Tensor
 
 
 class Cohort:
@@ -98,8 +86,9 @@ class Cohort:
         self.places = None if order == list(range(size)) else torch.tensor(order).argsort()
         self.fitting = Fitting(self._discard)
         self._wanted = compiled
+        self._plain = self._by_itself()
         self.fused = self._fused() if compiled else None
-        self._lessons: _Lessons | None = None
+        self._lessons: Pairs | None = None
         self._pairs: tuple[tuple[tuple[int, int], ...], Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -196,13 +185,18 @@ class Cohort:
             return ""
         return self.fused.trouble if self.fused else UNFIT
 
-    def _fused(self) -> Fused | None:
-        """Return what compiles updates; None where something in them has to be looked at on the way."""
+    def _by_itself(self) -> bool:
+        """Whether an update can be worked out in one go, for nothing in it has to be looked at on the way."""
         rule = self.distillation
         by_itself = rule.per_record is None and rule.features is None and not isinstance(rule.temperature, Curriculum)
         plain = rule.stream_classes is stream_classes.seen and not rule.views
         measured = self.capacity is not None and self.capacity.online
-        if not (by_itself and plain and rule.by_peers and not measured and fits(self.groups, rule.loss)):
+        return rule.loss is kd and by_itself and plain and not measured
+
+    def _fused(self) -> Fused | None:
+        """Return what compiles updates; None where they cannot be."""
+        rule = self.distillation
+        if not (self._plain and rule.by_peers and fits(self.groups)):
             return None
         return Fused(cast("Stack", self.groups[0]), loss=rule.loss, gate=rule.gate, cap=rule.cap)
 
@@ -211,8 +205,7 @@ class Cohort:
         rule = self._lessons = self._lessons or self._prepare(lesson.weights)
         if self.fused is None or not lesson.plain or not rule.teach or len(lesson) > self.fitting.at_once:
             return None
-        pairs = (rule.sources, rule.students, rule.alphas, rule.portions, rule.temperatures, rule.betas)
-        told = self.fused(lesson, seen, pairs)
+        told = self.fused(lesson, seen, rule)
         if told is None:
             return None
         parts, answers, found = told
@@ -243,9 +236,36 @@ class Cohort:
         """Bring every peer its gradient, or add it to the last one; only what has no finite loss gets its norm, NaN."""
         asked, lesson = lesson, lesson.unrolled()
         logits = self._in_order([group.learn(lesson.x) for group in self.groups])
+        rule = self._lessons = self._lessons or self._prepare(logits)
+        hints: dict[int, Tensor] = {}
+        how, told = self.distillation, None
+        if self._plain and asked.plain and logits.is_cpu and (how.by_peers or not rule.teach):
+            told = in_arrays(logits[..., : len(seen)], seen, lesson, rule, gate=how.gate, cap=how.cap)
+        if told is not None:
+            parts, gradient, answers = told
+        else:
+            parts, gradient, answers, hints = self._gradient(logits, asked, lesson, rule, seen=seen, weights=weights)
+        if rest := logits.shape[-1] - len(seen):
+            gradient = functional.pad(gradient, (0, rest))
+        # A loss that is not finite may have a gradient that is.
+        for index, loss in enumerate(parts[0].sum(1).tolist()):
+            norms[index] += 0.0 if math.isfinite(loss) else math.nan
+        for group in self.groups:
+            own = gradient if len(self.groups) == 1 else gradient[group.members]
+            hint = hints.get(group.members[0]) if hints else None
+            group.back(own, hint, add=add)
+        if asked.views:  # what is told of an example is the mean over its views; its answer, that to it as it came
+            shape = (1 + len(asked.views), len(asked))
+            parts = parts.reshape(3, len(self), *shape).mean(2)
+            answers = answers[:, : len(asked)]
+        return Learned(asked, parts[0].mean(0), parts, answers, rule.betas, norms)
+
+    def _gradient(
+        self, logits: Tensor, asked: Lesson, lesson: Lesson, rule: Pairs, *, seen: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
+        """Work out any lesson: like `in_arrays`, and what each student is to learn from features."""
         leaf = mask_unseen(logits[..., : len(seen)], seen)
         hard, gradient, p = labels_loss(_among(leaf, lesson.among), lesson.y)
-        rule = self._lessons = self._lessons or self._prepare(leaf)
         gradient = gradient * rule.betas[..., None]
         parts = hard.new_zeros(3, *hard.shape)
         parts[0] = hard
@@ -253,7 +273,7 @@ class Cohort:
             harder = asked.harder() if asked.views else None
             soft_gradient = self._distil(leaf, parts, lesson, rule, seen=seen, weights=weights, harder=harder)
             if self.distillation.cap:  # cut to the length of the label's gradient, record by record
-                room = vector_norm(gradient, dim=-1) / vector_norm(soft_gradient, dim=-1).clamp_(min=1e-12)
+                room = vector_norm(gradient, dim=-1) / vector_norm(soft_gradient, dim=-1).clamp_(min=TINY)
                 soft_gradient *= room.clamp_(max=1.0)[..., None]
             gradient += soft_gradient
         hints: dict[int, Tensor] = {}
@@ -262,25 +282,10 @@ class Cohort:
             parts[1] += told
         if lesson.targets is not None:  # the gradient of KL(target || answer) where there is no label
             gradient = torch.where(labelled(lesson.y)[:, None], gradient, p - lesson.targets)
-        gradient = gradient * lesson.weights[:, None]
-        if rest := logits.shape[-1] - len(seen):
-            gradient = functional.pad(gradient, (0, rest))
-        # A loss that is not finite may have a gradient that is.
-        for index, loss in enumerate(hard.sum(1).tolist()):
-            norms[index] += 0.0 if math.isfinite(loss) else math.nan
-        for group in self.groups:
-            own = gradient if len(self.groups) == 1 else gradient[group.members]
-            hint = hints.get(group.members[0]) if hints else None
-            group.back(own, hint, add=add)
         if self.capacity is not None and self.capacity.online:
             self.capacity.update(p, lesson.y, self._features())
             self.capacities = list(self.capacity.values)
-        answers = leaf.argmax(-1)
-        if asked.views:  # what is told of an example is the mean over its views; its answer, that to it as it came
-            shape = (1 + len(asked.views), len(asked))
-            parts = parts.reshape(3, len(self), *shape).mean(2)
-            answers = answers[:, : len(asked)]
-        return Learned(asked, parts[0].mean(0), parts, answers, rule.betas, norms)
+        return parts, gradient * lesson.weights[:, None], leaf.argmax(-1), hints
 
     def _without_faulty(self, lesson: Lesson, learned: Learned, backward: Callable[[Lesson], Learned]) -> Learned:
         """Leave out the examples that are at fault, and bring the gradient of the others."""
@@ -316,7 +321,7 @@ class Cohort:
         """Return the name of a source of `pairs`."""
         return SERVED if source == 2 * len(self) else self.names[source % len(self)]
 
-    def _prepare(self, like: Tensor) -> "_Lessons":
+    def _prepare(self, like: Tensor) -> Pairs:
         """Gather what the schedules said into tensors, once for all the updates until they are asked again."""
         pairs = tuple(self.alphas)
         if self._pairs is None or self._pairs[0] != pairs:
@@ -325,14 +330,14 @@ class Cohort:
         portions = [1 / students.count(student) for student in students]
         alphas = [alpha * share for alpha, share in zip(self.alphas.values(), portions, strict=True)]
         values = like.new_tensor([alphas, portions, [self.softness[student] for student in students]])[..., None]
-        return _Lessons(like.new_tensor(self.betas)[:, None], any(alphas), *self._pairs[1:], *values)
+        return Pairs(like.new_tensor(self.betas)[:, None], any(alphas), *self._pairs[1:], *values)
 
     def _distil(
         self,
         logits: Tensor,
         parts: Tensor,
         lesson: Lesson,
-        rule: "_Lessons",
+        rule: Pairs,
         *,
         seen: Tensor,
         weights: Tensor,
@@ -395,7 +400,7 @@ class Cohort:
 
     @torch.no_grad()
     def _taught(
-        self, logits: Tensor, hard: Tensor, lesson: Lesson, rule: "_Lessons", *, seen: Tensor, weights: Tensor
+        self, logits: Tensor, hard: Tensor, lesson: Lesson, rule: Pairs, *, seen: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Each pair's teacher: its logits `[pairs, m, classes]`, and what the labels charge it with, `[pairs, m]`."""
         if self.distillation.by_peers:

@@ -15,10 +15,10 @@ from torch.nn import functional
 from streamkd.batch import UNLABELLED
 from streamkd.distillation import gated
 from streamkd.errors import reason
-from streamkd.gradients import with_gradient
+from streamkd.gradients import Pairs, with_gradient
 from streamkd.lesson import Lesson
 from streamkd.logits import UNSEEN
-from streamkd.losses import Loss, kd
+from streamkd.losses import Loss
 from streamkd.stack import Group, Stack, leaves
 
 ROWS = 16
@@ -42,7 +42,7 @@ class Fused:
 
     Args:
         stack: of the peers.
-        loss, gate, cap: of the distillation; `fits` says of which it may be.
+        loss, gate, cap: of the distillation.
 
     Attributes:
         trouble: why it cannot be compiled here; empty where it can.
@@ -61,13 +61,13 @@ class Fused:
         )
 
     @torch.no_grad()
-    def __call__(self, lesson: Lesson, seen: Tensor, rule: Sequence[Tensor]) -> Sequence[Tensor] | None:
+    def __call__(self, lesson: Lesson, seen: Tensor, pairs: Pairs) -> Sequence[Tensor] | None:
         """Bring the gradients, cut; return the parts of the losses, the answers and the norms, see `Learned`.
 
         Args:
             lesson: without targets.
             seen: bool, which of the first classes were met so far.
-            rule: as for `update`.
+            pairs: among the peers themselves.
 
         Returns:
             None where it cannot be compiled.
@@ -76,6 +76,7 @@ class Fused:
             return None
         columns = min(self._width, max(CLASSES, 1 << (len(seen) - 1).bit_length()))
         seen = functional.pad(seen, (0, columns - len(seen)))
+        rule = (pairs.sources, pairs.students, pairs.alphas, pairs.portions, pairs.temperatures, pairs.betas)
         try:
             parts, answers, norms = self.update(self._teaching, self._stack.operands, _filled(lesson), seen, rule)
         except torch.OutOfMemoryError:
@@ -86,9 +87,9 @@ class Fused:
         return parts[..., : len(lesson)], answers[:, : len(lesson)], norms
 
 
-def fits(groups: Sequence[Group], loss: Loss) -> bool:
-    """Whether updates of these groups of peers by this loss can be compiled: peers of one architecture, and `kd`."""
-    return len(groups) == 1 and isinstance(groups[0], Stack) and loss is kd
+def fits(groups: Sequence[Group]) -> bool:
+    """Whether updates of these groups of peers can be compiled: peers of one architecture."""
+    return len(groups) == 1 and isinstance(groups[0], Stack)
 
 
 def _filled(lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:

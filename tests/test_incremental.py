@@ -58,7 +58,8 @@ def test_among_those_present_it_is_plain_cross_entropy(y: list[int], seed: int) 
 def test_where_all_classes_are_present_nothing_differs(scheme: str) -> None:
     y = [2, 0, 1, 1]
     rule = plainly(scheme, 0.5, gate="better")
-    assert torch.equal(gradients(tables(rule), asymmetric(y)), gradients(tables(rule), lesson_of_rows(y)))
+    one, other = gradients(tables(rule), asymmetric(y)), gradients(tables(rule), lesson_of_rows(y))
+    assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_memories_are_told_apart_among_all_classes() -> None:
