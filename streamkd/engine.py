@@ -185,7 +185,6 @@ class Engine:
         self._met = len(met)
         self._seen = self.seen[: int(met[-1]) + 1 if len(met) else self.classes].to(self.device)
 
-    @torch.no_grad()
     def _predict(self, batch: Batch) -> Answers:
         x, y = batch.x.to(self.device), batch.y.to("cpu", torch.int64)
         self._check(y, batch.late.values())
@@ -202,7 +201,6 @@ class Engine:
                 f"label {wrong[0]}: class indices go from 0 to {self.classes - 1}, or UNLABELLED ({UNLABELLED})"
             )
 
-    @torch.no_grad()
     def _score(self, answers: Answers) -> Scored:
         """Score what was said when asked, and let members, roles and schedules learn from it."""
         peers, y = len(self.cohort), answers.y

@@ -187,7 +187,7 @@ class Stack:
 
     def clip(self) -> list[float]:
         """See `Group`."""
-        norms = self._gradient.norm(dim=1)
+        norms = torch.linalg.vector_norm(self._gradient, dim=1)
         said: list[float] = norms.tolist()
         if any(norm > peer.clip for norm, peer in zip(said, self.peers, strict=True)):
             self._gradient.mul_((self._clips / norms).clamp(max=1.0)[:, None])
