@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -89,7 +90,7 @@ class Cohort:
         self._plain = self._by_itself()
         self.fused = self._fused() if compiled else None
         self._lessons: Pairs | None = None
-        self._pairs: tuple[tuple[tuple[int, int], ...], Tensor, Tensor] | None = None
+        self._pairs: tuple[tuple[tuple[int, int], ...], Tensor, Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.peers)
@@ -202,7 +203,7 @@ class Cohort:
 
     def _compiled(self, lesson: Lesson, teacher: int, seen: Tensor) -> Learned | None:
         """Bring every peer its gradient like `_backward`; None where this lesson is not for the compiled function."""
-        rule = self._lessons = self._lessons or self._prepare(lesson.weights)
+        rule = self._lessons = self._lessons or self._prepare(lesson.weights.device)
         if self.fused is None or not lesson.plain or not rule.teach or len(lesson) > self.fitting.at_once:
             return None
         told = self.fused(lesson, seen, rule)
@@ -236,7 +237,7 @@ class Cohort:
         """Bring every peer its gradient, or add it to the last one; only what has no finite loss gets its norm, NaN."""
         asked, lesson = lesson, lesson.unrolled()
         logits = self._in_order([group.learn(lesson.x) for group in self.groups])
-        rule = self._lessons = self._lessons or self._prepare(logits)
+        rule = self._lessons = self._lessons or self._prepare(logits.device)
         hints: dict[int, Tensor] = {}
         how, told = self.distillation, None
         if self._plain and asked.plain and logits.is_cpu and (how.by_peers or not rule.teach):
@@ -245,11 +246,11 @@ class Cohort:
             parts, gradient, answers = told
         else:
             parts, gradient, answers, hints = self._gradient(logits, asked, lesson, rule, seen=seen, weights=weights)
+            # A loss that is not finite may have a gradient that is.
+            for index, loss in enumerate(parts[0].sum(1).tolist()):
+                norms[index] += 0.0 if math.isfinite(loss) else math.nan
         if rest := logits.shape[-1] - len(seen):
             gradient = functional.pad(gradient, (0, rest))
-        # A loss that is not finite may have a gradient that is.
-        for index, loss in enumerate(parts[0].sum(1).tolist()):
-            norms[index] += 0.0 if math.isfinite(loss) else math.nan
         for group in self.groups:
             own = gradient if len(self.groups) == 1 else gradient[group.members]
             hint = hints.get(group.members[0]) if hints else None
@@ -321,16 +322,30 @@ class Cohort:
         """Return the name of a source of `pairs`."""
         return SERVED if source == 2 * len(self) else self.names[source % len(self)]
 
-    def _prepare(self, like: Tensor) -> Pairs:
+    def _prepare(self, device: torch.device) -> Pairs:
         """Gather what the schedules said into tensors, once for all the updates until they are asked again."""
+
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.from_numpy(np.array(values, np.float32)[:, None]).to(device)
+
         pairs = tuple(self.alphas)
         if self._pairs is None or self._pairs[0] != pairs:
-            self._pairs = pairs, *torch.tensor([*zip(*pairs, strict=True)] or [[], []], device=like.device).long()
+            ends = torch.tensor([*zip(*pairs, strict=True)] or [[], []], device=device).long()
+            self._pairs = pairs, *ends, functional.one_hot(ends[1], len(self)).T.float()
+        _, sources, taught, dealt = self._pairs
         students = [student for _, student in pairs]
         portions = [1 / students.count(student) for student in students]
         alphas = [alpha * share for alpha, share in zip(self.alphas.values(), portions, strict=True)]
-        values = like.new_tensor([alphas, portions, [self.softness[student] for student in students]])[..., None]
-        return Pairs(like.new_tensor(self.betas)[:, None], any(alphas), *self._pairs[1:], *values)
+        return Pairs(
+            betas=column(self.betas),
+            teach=any(alphas),
+            sources=sources,
+            students=taught,
+            alphas=column(alphas),
+            portions=column(portions),
+            temperatures=column([self.softness[student] for student in students]),
+            dealt=dealt,
+        )
 
     def _distil(
         self,

@@ -29,6 +29,7 @@ class Pairs:
         alphas: `[pairs, 1]`, shared out among a student's teachers.
         portions: `[pairs, 1]`, the share of each among them.
         temperatures: `[pairs, 1]`.
+        dealt: `[peers, pairs]`, 1 where the student of a pair is the peer, else 0.
     """
 
     betas: Tensor
@@ -38,6 +39,7 @@ class Pairs:
     alphas: Tensor
     portions: Tensor
     temperatures: Tensor
+    dealt: Tensor
 
 
 def in_arrays(
@@ -74,18 +76,16 @@ def in_arrays(
     gradient[truth] -= 1
     gradient *= pairs.betas.numpy()
     if pairs.teach:
-        sources, students = pairs.sources.numpy(), pairs.students.numpy()
-        temperatures, size = pairs.temperatures.numpy(), len(students)
-        log_q, q = _log_softmax(x[:, sources] / temperatures)
-        log_p, lesson_gradient = _log_softmax(x[:, students] / temperatures)
-        loss = (q * (log_q - log_p)).sum(0) * (temperatures * temperatures)
-        weights = gated(gate, *(torch.from_numpy(hard[ends]) for ends in (students, sources))).numpy()
-        weights = weights * pairs.alphas.numpy()
+        temperatures, dealt, size = pairs.temperatures.numpy(), pairs.dealt.numpy(), len(pairs.students)
+        ends = np.concatenate([pairs.sources.numpy(), pairs.students.numpy()])
+        log_p, p = _log_softmax(x[:, ends] / np.concatenate([temperatures, temperatures]))
+        q, lesson_gradient = p[:, :size], p[:, size:]
+        loss = (q * (log_p[:, :size] - log_p[:, size:])).sum(0) * (temperatures * temperatures)
         lesson_gradient -= q
+        charged = hard[ends]
+        weights = _gated(gate, charged[size:], charged[:size]) * pairs.alphas.numpy()
         lesson_gradient *= weights * temperatures
         # What a student hears of several teachers adds up.
-        dealt = np.zeros((x.shape[1], size), x.dtype)
-        dealt[students, np.arange(size)] = 1
         parts[1], parts[2] = dealt @ (weights * loss), dealt @ (loss * pairs.portions.numpy())
         taught = dealt @ lesson_gradient
         if cap:  # cut to the length of the label's gradient, record by record
@@ -94,6 +94,11 @@ def in_arrays(
     gradient *= lesson.weights.numpy()
     back = np.ascontiguousarray(gradient.transpose(1, 2, 0))
     return torch.from_numpy(parts), torch.from_numpy(back), torch.from_numpy(x.argmax(0))
+
+
+def _gated(gate: str, student: Array, teacher: Array) -> Array:
+    """Return the weight of each lesson, see `distillation.gated`."""
+    return teacher < student if gate == "better" else gated(gate, *map(torch.from_numpy, (student, teacher))).numpy()
 
 
 def _log_softmax(x: Array) -> tuple[Array, Array]:
