@@ -213,7 +213,7 @@ class Cohort:
         norms: list[float] = found.tolist()
         if self._frozen(teacher, teacher):
             norms[teacher] = 0.0
-        return Learned(lesson, parts[0].mean(0), parts, answers, rule.betas, norms)
+        return Learned(lesson, parts[0].sum(0) / len(self), parts, answers, rule.betas, norms)
 
     def absorb(self, x: Tensor, y: Tensor, *, teacher: int) -> None:
         """Let the peers that learn record by record have the records `x` `[n, ...]` with their labels `y` `[n]`."""
@@ -259,7 +259,7 @@ class Cohort:
             shape = (1 + len(asked.views), len(asked))
             parts = parts.reshape(3, len(self), *shape).mean(2)
             answers = answers[:, : len(asked)]
-        return Learned(asked, parts[0].mean(0), parts, answers, rule.betas, norms)
+        return Learned(asked, parts[0].sum(0) / len(self), parts, answers, rule.betas, norms)
 
     def _gradient(
         self, logits: Tensor, asked: Lesson, lesson: Lesson, rule: Pairs, *, seen: Tensor, weights: Tensor

@@ -5,6 +5,7 @@ from itertools import zip_longest
 from math import isfinite, nan
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -166,24 +167,24 @@ class Engine:
 
         The sources are the members, and whatever the pool adds to them.
         """
-        seen = self._seen.cpu()
-        if len(x):  # read once: all that is made of it is made on the CPU
-            logits = self.cohort.predict(self.inputs(x))[..., : len(seen)].cpu()
+        seen, width = self._seen.cpu(), self._width
+        if x.shape[0]:  # read once: all that is made of it is made on the CPU
+            logits = self.cohort.predict(self.inputs(x))[..., :width].cpu()
         else:
-            logits = torch.zeros(2 * len(self.cohort), 0, len(seen))
+            logits = torch.zeros(2 * len(self.cohort), 0, width)
         log_p = mask_unseen(logits, seen).log_softmax(-1)
         served = self.served.answer(log_p)
         if self.pool is not None:
             log_p, served = self.pool.serve(log_p, served, seen)
-        if rest := self.classes - len(seen):
+        if rest := self.classes - width:
             return functional.pad(log_p, (0, rest), value=UNSEEN), functional.pad(served, (0, rest))
         return log_p, served
 
     def _look(self) -> None:
         """Note the classes up to the last one that was seen: nothing is computed for those after it."""
         (met,) = self.seen.nonzero(as_tuple=True)
-        self._met = len(met)
-        self._seen = self.seen[: int(met[-1]) + 1 if len(met) else self.classes].to(self.device)
+        self._met, self._width = len(met), int(met[-1]) + 1 if len(met) else self.classes
+        self._seen = self.seen[: self._width].to(self.device)
 
     def _predict(self, batch: Batch) -> Answers:
         x, y = batch.x.to(self.device), batch.y.to("cpu", torch.int64)
@@ -204,23 +205,23 @@ class Engine:
     def _score(self, answers: Answers) -> Scored:
         """Score what was said when asked, and let members, roles and schedules learn from it."""
         peers, y = len(self.cohort), answers.y
-        scored = score(self.cohort.names, y, answers.log_p[:peers], answers.served)
-        if not len(y):
+        scored, n = score(self.cohort.names, y, answers.log_p[:peers], answers.served), len(answers)
+        if not n:
             return scored
         log_p = of_truth(answers.log_p[: 2 * peers], y)
         right = scored.right
-        accuracies = right.float().mean(1)
+        accuracies = right.sum(1) / n
         self.served.update(log_p)
         if not self.seen.numpy()[y.numpy()].all():
             self.seen[y] = True
             self._look()
         if self.pool is not None:
-            self.pool.update(answers.log_p[..., : len(self._seen)], y)
+            self.pool.update(answers.log_p[..., : self._width], y)
         self.roles.update(log_p[:peers], right[:-1], answers.log_p[:peers])
-        self.cohort.observe(-log_p[:peers].mean(1), accuracies[:-1])
+        self.cohort.observe(log_p[:peers].sum(1) / -n, accuracies[:-1])
         self.transfer.update(scored.answers[:-1], self.roles.teacher)
-        self.scored += len(y)
-        share = min(1.0, len(y) / min(self.scored, 1_000))
+        self.scored += n
+        share = min(1.0, n / min(self.scored, 1_000))
         self.accuracy += share * (float(accuracies[-1]) - self.accuracy)
         return scored
 
@@ -300,10 +301,10 @@ class Engine:
         open_x = targets = x[:0]
         if untold is not None:
             open_x = self.inputs(untold.x)
-            targets = doubted(untold.served[:, : len(self._seen)].to(self.device), self._seen, rule.doubt)
+            targets = doubted(untold.served[:, : self._width].to(self.device), self._seen, rule.doubt)
         learned = []
         for recalled in self._lessons(memories, self._effort()):
-            among = rule.stream_classes(y, len(self._seen))
+            among = rule.stream_classes(y, self._width)
             shown = x if self.augment is None else self.inputs(self.augment(raw))
             parts = [recalled, Lesson(shown, y, _even(x), among=among, views=self._views(raw))]
             if untold is not None:
@@ -408,7 +409,7 @@ class Engine:
 
     def _peer_reports(self, learned: list[Learned]) -> dict[str, PeerReport]:
         cohort, size = self.cohort, len(self.cohort)
-        told = torch.stack([one.means for one in learned]).mean(0).tolist() if learned else [[0.0] * size] * 5
+        told = (sum((one.means for one in learned), np.zeros((5, size))) / max(1, len(learned))).tolist()
         weights = self.served.weights.view(2, size).sum(0).tolist()
         transferred = self.transfer.values
         capacity = cohort.capacities[self.roles.teacher]
@@ -504,4 +505,5 @@ def _faults(batch: Batch, answers: Answers, faulty: list[int]) -> tuple[Fault, .
 
 def _even(x: Tensor) -> Tensor:
     """Weigh all records alike, together 1."""
-    return torch.full((len(x),), 1 / max(1, len(x)), device=x.device)
+    n = x.shape[0]
+    return torch.full((n,), 1 / max(1, n), device=x.device)

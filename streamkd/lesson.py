@@ -6,6 +6,7 @@ from math import isfinite
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from streamkd.batch import UNLABELLED
@@ -134,7 +135,7 @@ class Learned:
         return all(map(isfinite, self.norms))
 
     @property
-    def means(self) -> Tensor:
+    def means(self) -> NDArray[np.float32]:
         """`[5, peers]`: mean hard loss, distillation weighted and unweighted, what was minimised, its gradient's norm.
 
         What was minimised is as it is before distillation is capped.
@@ -146,7 +147,7 @@ class Learned:
         means[1:3] /= parts.shape[2]
         means[3] = (betas * parts[0] + parts[1]) @ self.lesson.weights.cpu().numpy()
         means[4] = self.norms
-        return torch.from_numpy(means)
+        return means
 
     @property
     def compared(self) -> int:

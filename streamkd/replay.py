@@ -117,18 +117,20 @@ class ReplayBuffer:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Remember the records `x` `[n, ...]` with their labels `y` `[n]`, at the highest priority."""
-        if not self.capacity or not len(y):
+        n = y.shape[0]
+        if not self.capacity or not n:
             return
         if self._x is None:
             self._x = x.new_zeros(self.capacity, *x.shape[1:])
         highest = self.highest or 1.0
-        for start in range(0, len(y), self.capacity):
+        for start in range(0, n, self.capacity):
             self._add(x[start : start + self.capacity], y[start : start + self.capacity], highest)
 
     def _add(self, x: Tensor, y: Tensor, priority: float) -> None:
-        slots, births = self.evict(self, len(y)), np.arange(self.added, self.added + len(y))
-        self.added += len(y)
-        self.since_drift += len(y)
+        n = y.shape[0]
+        slots, births = self.evict(self, n), np.arange(self.added, self.added + n)
+        self.added += n
+        self.since_drift += n
         if self.evict is not ring:
             kept = (slots >= 0).nonzero()[:, 0]
             slots, births, x, y = slots[kept], births[kept.numpy()], x[kept], y[kept]

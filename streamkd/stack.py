@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -208,7 +209,9 @@ class Stack:
             self._rows.addcmul_(self._gradient, self._rates, value=-rate)
         else:
             self._optimize(chosen, rate)
-        shares = self._weights.new_tensor([[self.peers[index].share] for index in chosen])
+        shares = torch.from_numpy(np.array([[self.peers[index].share] for index in chosen], np.float32)).to(
+            self._weights
+        )
         if all(going):
             self._averages.lerp_(self._rows, shares)
         else:  # a share of 0 would not keep out what is not finite
