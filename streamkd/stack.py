@@ -209,13 +209,12 @@ class Stack:
             self._rows.addcmul_(self._gradient, self._rates, value=-rate)
         else:
             self._optimize(chosen, rate)
-        shares = torch.from_numpy(np.array([[self.peers[index].share] for index in chosen], np.float32)).to(
-            self._weights
-        )
+        shares = np.array([[self.peers[index].share] for index in chosen], np.float32)
+        blend = torch.from_numpy(shares).to(self._weights.device)
         if all(going):
-            self._averages.lerp_(self._rows, shares)
+            self._averages.lerp_(self._rows, blend)
         else:  # a share of 0 would not keep out what is not finite
-            self._averages[chosen] = self._averages[chosen].lerp(self._rows[chosen], shares)
+            self._averages[chosen] = self._averages[chosen].lerp(self._rows[chosen], blend)
         for index in chosen:
             self.peers[index].stepped()
 

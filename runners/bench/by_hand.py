@@ -1,6 +1,7 @@
 """What the default cohort computes, written by hand with nothing around it: what `bench overhead` holds the engine to.
 
-No scaling of inputs, no schedules, no scores, no detector, no roles, no report: records in, answers and updates out.
+The arithmetic alone, in torch, at constant schedules: no check of what comes in or goes wrong, no scores, no detector,
+no roles, no report. Records in, answers and updates out.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ UPDATES = 2
 CLIP = 2.0
 DECAY = 0.95
 ALPHA = 0.5
+TEMPERATURE = 2.0
 
 
 class Learners(Protocol):
@@ -56,26 +58,109 @@ class Memory:
         self.added += len(y)
 
 
-class ByHand:
-    """Predict, draw, learn: the first network teaches the others where it is closer to the label, capped."""
+class Scaling:
+    """Running means and variances of the features, or of the channels of images."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.around = (1, shape[0], *(1 for _ in shape[1:]))
+        self.count = 0.0
+        self.mean, self.square = torch.zeros(2, shape[0], dtype=torch.float64)
+        self.centre, self.scale = torch.zeros(self.around), torch.ones(self.around)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Scale a batch, missing values and outliers seen to."""
+        return ((x - self.centre) * self.scale).nan_to_num_(0.0).clamp_(-8, 8)
+
+    def update(self, x: Tensor) -> None:
+        """Learn from a batch."""
+        values = x.transpose(0, 1).flatten(1).double()
+        count = values.shape[1]
+        mean = values.sum(1) / count
+        share, apart = count / (self.count + count), mean - self.mean
+        self.square += (values - mean[:, None]).square_().sum(1) + apart * apart * (self.count * share)
+        self.mean += apart * share
+        self.count += count
+        spread = (self.square / self.count).sqrt_().clamp_(min=1e-12)
+        self.centre, self.scale = (each.float().view(self.around) for each in (self.mean, 1 / spread))
+
+
+class Mixture:
+    """Answers weighed by their discounted log-loss."""
+
+    def __init__(self, members: int, gamma: float) -> None:
+        self.gamma = gamma
+        self.scores = torch.zeros(members)
+        self.weights = torch.full((members,), 1 / members)
+
+    def __call__(self, log_p: Tensor) -> Tensor:
+        """Mix log-probabilities `[members, n, classes]`."""
+        return (self.weights @ log_p.exp().flatten(1)).view(log_p.shape[1:])
+
+    def update(self, said: Tensor) -> None:
+        """Learn from the log-probabilities `[members, n]` of what was true."""
+        self.scores = self.gamma ** said.shape[1] * self.scores + said.clamp(min=-14).sum(1)
+        self.weights = 0.99 * self.scores.softmax(0) + 0.01 / len(self.scores)
+
+
+class Answer:
+    """The members' mixture, and beside it the log-linear pool of them and of how common the classes were of late."""
+
+    def __init__(self, members: int, classes: int) -> None:
+        self.memories = torch.tensor([[0.9], [0.98], [0.998]])
+        self.rates = torch.full((len(self.memories), classes), 1 / classes)
+        self.powers = torch.cat([torch.full((members,), 1 / members), torch.zeros(len(self.memories))])
+        self.members, self.both = Mixture(members, 0.99), Mixture(2, 0.998)
+        self.truth = torch.eye(classes)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Answer by the logits `[members, n, classes]`."""
+        self.said = logits.log_softmax(-1)
+        rates = self.rates.clamp(min=1e-6).log_()[:, None].expand(-1, logits.shape[1], -1)
+        self.opinions = torch.cat([self.said, rates]).clamp_(min=-8).flatten(1)
+        pooled = (self.powers @ self.opinions).view(logits.shape[1:]).log_softmax(-1)
+        self.verdict = torch.stack([self.members(self.said).clamp_(min=1e-30).log_(), pooled])
+        return self.both(self.verdict)
+
+    def update(self, y: Tensor) -> None:
+        """Learn from the labels of what was answered last."""
+        n, truth = len(y), self.truth[y]
+        self.members.update((self.said * truth).sum(-1))
+        self.both.update((self.verdict * truth).sum(-1))
+        self.powers += 0.002 * (self.opinions @ (truth - self.verdict[1].exp()).flatten())
+        fading = self.memories ** torch.arange(n - 1, -1, -1)
+        self.rates = self.rates * self.memories**n + (1 - self.memories) * (fading @ truth)
+
+
+class Networks:
+    """Predict, draw, learn: the first network teaches the others where it is closer to the label, capped.
+
+    Of the default cohort this is the networks alone: inputs as they come, and an answer that weighs all alike.
+    """
 
     def __init__(self, learners: Learners, shape: Sequence[int]) -> None:
         self.learners = learners
         self.memory = Memory(shape)
-        self.weights = torch.full((6,), 1 / 6)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Make inputs ready."""
+        return x
+
+    def served(self, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG002 - for those who learn from it
+        """Answer, then be told what was true."""
+        return self.learners.predict(x).softmax(-1).mean(0)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """One batch; returns the served probabilities."""
         with torch.no_grad():
-            p = self.learners.predict(x).softmax(-1)
-            served = (self.weights @ p.flatten(1)).view(p.shape[1:])
+            served = self.served(x, y)
         if not self.memory.added:
             self.memory.add(x, y)
         slots, old_x, old_y, weights = self.memory.draw(UPDATES * DRAWN)
         even = torch.full((len(y),), 1 / len(y))
+        new_x, old_x = self.scaled(x), self.scaled(old_x)
         losses = []
         for part in torch.arange(UPDATES * DRAWN).view(UPDATES, DRAWN):
-            xs, ys = torch.cat([old_x[part], x]), torch.cat([old_y[part], y])
+            xs, ys = torch.cat([old_x[part], new_x]), torch.cat([old_y[part], y])
             losses.append(self._update(xs, ys, torch.cat([weights[part] / DRAWN, even]))[:DRAWN])
         self.memory.priorities[slots] = torch.cat(losses) + 1e-3
         self.memory.add(x, y)
@@ -89,16 +174,35 @@ class ByHand:
         hard = -log_p.gather(-1, index)[..., 0]
         gradient = log_p.exp().scatter_add(-1, index, torch.full(index.shape, -1.0))
         students = leaf[1:].requires_grad_()
-        kd = functional.kl_div(
-            students.log_softmax(-1), log_p[:1].expand_as(students), reduction="none", log_target=True
-        )
-        taught = ALPHA * (hard[:1] < hard[1:]) * kd.sum(-1)
+        teacher = (leaf[:1] / TEMPERATURE).log_softmax(-1)
+        student = (students / TEMPERATURE).log_softmax(-1)
+        kd = functional.kl_div(student, teacher.expand_as(student), reduction="none", log_target=True)
+        taught = ALPHA * TEMPERATURE**2 * (hard[:1] < hard[1:]) * kd.sum(-1)
         (soft,) = torch.autograd.grad(taught.sum(), students)
         room = gradient[1:].norm(dim=-1) / soft.norm(dim=-1).clamp(min=1e-12)
         gradient[1:] += soft * room.clamp(max=1.0)[..., None]
         logits.backward(gradient * weights[:, None])  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.learners.step()
         return hard.mean(0)
+
+
+class ByHand(Networks):
+    """All of it: inputs scaled, and the answer of whom the stream proved right."""
+
+    def __init__(self, learners: Learners, shape: Sequence[int], classes: int) -> None:
+        super().__init__(learners, shape)
+        self.scaling, self.answer = Scaling(shape), Answer(6, classes)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """See `Networks`."""
+        return self.scaling(x)
+
+    def served(self, x: Tensor, y: Tensor) -> Tensor:
+        """See `Networks`."""
+        served = self.answer(self.learners.predict(self.scaling(x)))
+        self.scaling.update(x)
+        self.answer.update(y)
+        return served
 
 
 class Stacked:
@@ -203,7 +307,7 @@ class Plain:
 
     def _update(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         logits = [model(x) for model in self.models]
-        teacher = logits[0].detach().log_softmax(-1)
+        teacher = (logits[0].detach() / TEMPERATURE).log_softmax(-1)
         losses = []
         for index, (model, average, optimizer) in enumerate(
             zip(self.models, self.averages, self.optimizers, strict=True)
@@ -211,8 +315,9 @@ class Plain:
             hard = functional.cross_entropy(logits[index], y, reduction="none")
             loss = (weights * hard).sum()
             if index:
-                student = logits[index].log_softmax(-1)
-                loss = loss + ALPHA * functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+                student = (logits[index] / TEMPERATURE).log_softmax(-1)
+                soft = functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+                loss = loss + ALPHA * TEMPERATURE**2 * soft
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)

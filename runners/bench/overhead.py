@@ -33,6 +33,7 @@ def main(*, rounds: int, json_to: str | None) -> None:
     tables, pictures = small(rounds), images(max(3, rounds // 4))
     found = {
         "engine over the bare loop, batch 16, small networks": tables["bare"],
+        "engine over that without scaling and weighing of answers": tables["networks"],
         "engine over a plain loop, batch 16, small networks": tables["plain"],
         "engine over the bare loop, batch 32, convolutional networks on 28x28": pictures,
     }
@@ -56,7 +57,8 @@ def small(rounds: int) -> dict[str, Ratio]:
     stream = cycle(table(200, 16))
     build = partial(mlp, (FEATURES,), CLASSES, widths=(128, 64), layer_norm=True)
     models = [build() for _ in RATES]
-    bare = by_hand.ByHand(by_hand.Stacked(models, RATES), (FEATURES,))
+    bare = by_hand.ByHand(by_hand.Stacked(models, RATES), (FEATURES,), CLASSES)
+    networks = by_hand.Networks(by_hand.Stacked(models, RATES), (FEATURES,))
     plain = by_hand.Plain(build, RATES, (FEATURES,))
     compiled = engine((FEATURES,), ["compile=true"])
     taken = in_turn(
@@ -64,13 +66,14 @@ def small(rounds: int) -> dict[str, Ratio]:
             "engine": stepping(engine((FEATURES,)), table(200, 16)),
             "compiled": stepping(compiled, table(200, 16)),
             "bare": lambda: bare(*next(stream)),
+            "networks": lambda: networks(*next(stream)),
             "plain": lambda: plain(*next(stream)),
         },
         rounds=rounds,
         each=50,
         warm_up=150,
     )
-    found = {name: ratio(taken["engine"], taken[name]) for name in ("bare", "plain")}
+    found = {name: ratio(taken["engine"], taken[name]) for name in ("bare", "networks", "plain")}
     if not compiled.cohort.uncompiled:
         found["compiled"] = ratio(taken["compiled"], taken["engine"])
     return found
@@ -80,7 +83,7 @@ def images(rounds: int) -> Ratio:
     """Hold the default with convolutional peers to a loop by hand, on images."""
     pictures = [(torch.rand(32, *IMAGE), torch.randint(0, CLASSES, (32,))) for _ in range(8)]
     models: list[nn.Module] = [cnn(IMAGE, CLASSES) for _ in RATES]
-    bare = by_hand.ByHand(by_hand.Separate(models, RATES), IMAGE)
+    bare = by_hand.ByHand(by_hand.Separate(models, RATES), IMAGE, CLASSES)
     stream = cycle(pictures)
     kinds = [f"peers.{index}.model={{kind='cnn'}}" for index in range(len(RATES))]
     taken = in_turn(
