@@ -7,7 +7,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle, islice
@@ -16,6 +16,9 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+
+from runners.feeds import Feed
+from streamkd import Batch
 
 PATIENCE = 120.0
 """Seconds for what takes a moment: the machine may be busy, and only a test that fails waits for so long."""
@@ -53,6 +56,24 @@ def waited(for_what: Callable[[], Any], *, every: float = 0.1) -> Any:
     while not (answer := for_what()) and time.monotonic() < deadline:
         time.sleep(every)
     return answer
+
+
+def taken(feed: Feed, records: int) -> list[Batch]:
+    """Poll a feed until it has given so many records; some may be under way still, or the server be slow to answer."""
+    batches: list[Batch] = []
+
+    def enough() -> bool:
+        batch = feed.poll(records - sum(map(len, batches)))
+        assert batch is not None, "the feed has ended"
+        batches.extend([batch] if len(batch) else [])
+        return sum(map(len, batches)) == records
+
+    assert waited(enough, every=0.01), f"{sum(map(len, batches))} of {records} records came"
+    return batches
+
+
+def names(batches: Sequence[Batch]) -> list[str]:
+    return [name for batch in batches for name in batch.ids]
 
 
 @contextmanager
