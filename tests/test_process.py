@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from base64 import b64decode
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,19 @@ def test_two_processes_do_not_save_in_one_place(
 def test_systemd_that_has_gone_is_no_hindrance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", "/nonexistent/notify")
     notify("READY=1")
+
+
+@pytest.mark.parametrize("message", ["READY=1", "WATCHDOG=1", "STOPPING=1"])
+def test_systemd_that_does_not_listen_is_no_hindrance_either(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent, filling = (socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2))
+    with silent, filling:
+        silent.bind("notify")
+        monkeypatch.setenv("NOTIFY_SOCKET", str(Path("notify").absolute()))
+        filling.settimeout(0)
+        with suppress(BlockingIOError):  # until no more is taken
+            while True:
+                filling.sendto(b"not taken", "notify")
+        notify(message)
 
 
 @pytest.mark.slow
