@@ -179,3 +179,11 @@ def test_a_durable_consumer_knows_what_is_in_a_checkpoint(broker: Broker, table:
 
     asked(broker, look)
     assert floors == [RECORDS]
+
+
+def test_a_server_that_is_away_is_given_up_at_once(broker: Broker) -> None:
+    """The client goes on asking for as long as a slow server may take, unless it is kept from that."""
+    made = stand(broker)
+    broker.stop()
+    with pytest.raises(FeedError, match=r"feed\.url = .*: cannot be reached \(nats: no servers available"):
+        made.open(refuse=lambda _: None)
