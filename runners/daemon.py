@@ -18,7 +18,7 @@ from monitoring.metrics import Metrics, unsound
 from monitoring.server import Server
 from runners import logs
 from runners.feeds import REASONS, RESETS, STAGES
-from runners.notify import notify
+from runners.notify import WATCHDOG, notify
 from runners.saver import Saver
 from runners.session import Session
 from runners.settings import RELOADABLE, Configuration, changes
@@ -188,7 +188,7 @@ class Daemon:
         now = self.health.progress()
         if now - self._told >= 1:
             self._told = now
-            notify("WATCHDOG=1")
+            notify(WATCHDOG)
 
     def _observe(self, report: Report) -> None:
         self._latest = report

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field
 
 from runners.feeds.formats import imported
-from runners.feeds.jetstream import Loop
+from runners.feeds.jetstream import ONCE, Loop
 from runners.feeds.kafka import client_settings
 from runners.feeds.mqtt import PORTS
 from runners.feeds.redis_streams import Server
@@ -105,9 +105,7 @@ class Messages:
 
     async def _put(self, lines: Sequence[str]) -> None:
         if self._client is None or not self._client.is_connected:
-            connecting = self._nats.connect(
-                self._url, allow_reconnect=False, connect_timeout=SECONDS, error_cb=_quiet, **self._options
-            )
+            connecting = self._nats.connect(self._url, error_cb=_quiet, **ONCE, **self._options)
             self._client = await asyncio.wait_for(connecting, SECONDS)
         publish = partial(self._client.jetstream(timeout=SECONDS).publish, self._subject)
         await asyncio.gather(*(publish(line.encode()) for line in lines))

@@ -5,19 +5,13 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port: int = taken.getsockname()[1]
-        return port
+from stack import free_port, waited
 
 
 class Broker:
@@ -62,18 +56,15 @@ class Broker:
         """Start it, unless it runs, and wait until it answers."""
         if self._process is not None:
             return
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        patience = time.monotonic() + 20
-        while time.monotonic() < patience and self._process.poll() is None:
-            if self._ready():
-                return
-            time.sleep(0.05)
-        raise AssertionError(f"{self._command[0]} did not start")
+        self._process = begun = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        waited(lambda: self._ready() or begun.poll() is not None, every=0.05)
+        assert begun.poll() is None, f"{self._command[0]} did not start"
+        assert self._ready(), f"{self._command[0]} does not answer"
 
     def _ready(self) -> bool:
         question, answer = self._ask
         try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as line:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=5) as line:
                 line.sendall(question)
                 return not answer or line.recv(99).startswith(answer)
         except OSError:

@@ -1,19 +1,30 @@
-"""A real Prometheus, a real Alertmanager and a webhook, on free ports of the loopback, for tests."""
+"""What tests wait for, and a real Prometheus, a real Alertmanager and a webhook, on free ports of the loopback."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
 import pytest
+
+from runners.feeds import Feed
+from streamkd import Batch
+
+PATIENCE = 120.0
+"""Seconds for what takes a moment: the machine may be busy, and only a test that fails waits for so long."""
+OWN = range(10_000 + os.getpid() % 200 * 100, 10_000 + os.getpid() % 200 * 100 + 100)
+"""Ports that no system gives out by itself, and no other process of these tests is likely to ask for."""
+PORTS = cycle(OWN)
 
 
 def needs(program: str, package: str) -> None:
@@ -23,26 +34,46 @@ def needs(program: str, package: str) -> None:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-    return port
+    """Return a port that stays free until somebody is told of it."""
+    for port in islice(PORTS, len(OWN)):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError(f"of the ports {OWN} none is free")
 
 
 def got(url: str) -> Any:
     """Return what a server tells in JSON; None while it is not there yet."""
     try:
-        with urlopen(url, timeout=5) as answer:  # noqa: S310 - one of the servers below
+        with urlopen(url, timeout=PATIENCE) as answer:  # noqa: S310 - one of the servers below
             return json.load(answer)
     except OSError:
         return None
 
 
-def waited(for_what: Callable[[], Any], seconds: float, *, every: float = 0.25) -> Any:
+def waited(for_what: Callable[[], Any], *, every: float = 0.1) -> Any:
     """Ask again and again until the answer is true; return the last one."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE
     while not (answer := for_what()) and time.monotonic() < deadline:
         time.sleep(every)
     return answer
+
+
+def taken(feed: Feed, records: int) -> list[Batch]:
+    """Poll a feed until it has given so many records; some may be under way still, or the server be slow to answer."""
+    batches: list[Batch] = []
+
+    def enough() -> bool:
+        batch = feed.poll(records - sum(map(len, batches)))
+        assert batch is not None, "the feed has ended"
+        batches.extend([batch] if len(batch) else [])
+        return sum(map(len, batches)) == records
+
+    assert waited(enough, every=0.01), f"{sum(map(len, batches))} of {records} records came"
+    return batches
+
+
+def names(batches: Sequence[Batch]) -> list[str]:
+    return [name for batch in batches for name in batch.ids]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
+from stack import PATIENCE
 from test_checkpoint import Planted, seal
 
 from runners import cli
@@ -76,7 +77,7 @@ def told(process: subprocess.Popen[str], event: str) -> dict[str, Any]:
 
 def fetched(port: int, path: str) -> tuple[int, str]:
     try:
-        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE) as answer:
             return answer.status, answer.read().decode()
     except HTTPError as error:
         with error:
@@ -223,13 +224,15 @@ def test_the_demo_ends_with_a_table_and_a_picture() -> None:
 
 @pytest.mark.slow
 def test_a_run_serves_metrics_and_a_second_run_goes_on_where_a_signal_stopped_the_first() -> None:
-    table(Path("d.csv"), 6_000)
+    header, *rows = table(Path("d.csv"), 6_000).read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("d.csv").write_text("".join([header, *rows[:3_008]]), encoding="utf-8")  # whole batches
     Path("mine.toml").write_text(
         Path(cli.__file__).with_name("configurations").joinpath("default.toml").read_text(encoding="utf-8"),
         encoding="utf-8",
     )
-    settings = ["--set", "feed.path=d.csv", "--set", "feed.label=y", "--set", "http.port=0"]
-    settings += ["--set", "checkpoint.every_records=1000", "--set", "checkpoint.directory=saved"]
+    pairs = ["feed.kind=tail", "feed.format=csv", "feed.path=d.csv", "feed.label=y", "http.port=0"]
+    given = [f"--set={pair}" for pair in [*pairs, "checkpoint.every_records=1000"]]
+    settings = [*given, "--set=checkpoint.directory=saved"]
     with started("run", "mine.toml", *settings) as first:
         port = told(first, "listening")["port"]
         told(first, "checkpoint")
@@ -241,18 +244,20 @@ def test_a_run_serves_metrics_and_a_second_run_goes_on_where_a_signal_stopped_th
         assert fetched(port, "/nothing")[0] == 404
         first.send_signal(signal.SIGTERM)
         stopped = told(first, "stopped")
-        assert first.wait(timeout=20) == 0
-    assert 1000 <= stopped["records"] < 6_000
+        assert first.wait(PATIENCE) == 0
+    assert 1000 <= stopped["records"] <= 3_008
     _, about = checkpoint.load(checkpoint.found(Path("saved"))[0])
     assert about["records"] == stopped["records"]
-    with started("run", "mine.toml", *settings) as second:
+    with Path("d.csv").open("a", encoding="utf-8") as file:
+        file.writelines(rows[3_008:])
+    with started("run", "mine.toml", *settings, "--set=feed.follow=false") as second:
         assert told(second, "restored")["records"] == stopped["records"]
         assert told(second, "stopped")["records"] == 6_000
-        assert second.wait(timeout=20) == 0
-    unbroken = [*settings[:-1], "checkpoint.directory=unbroken"]
+        assert second.wait(PATIENCE) == 0
+    unbroken = [*given, "--set=checkpoint.directory=unbroken", "--set=feed.follow=false"]
     with started("run", "mine.toml", *unbroken) as third:
         told(third, "stopped")
-        assert third.wait(timeout=20) == 0
+        assert third.wait(PATIENCE) == 0
     ends = [checkpoint.load(checkpoint.found(Path(folder))[0])[0] for folder in ("saved", "unbroken")]
     for one, other in zip(_leaves(ends[0]), _leaves(ends[1]), strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other

@@ -17,13 +17,14 @@ import brokers as brokers_of_tests
 import pytest
 from brokers import Broker
 from outage import costs_nothing, newest_interval
-from test_commands import fetched, started, streamkd, told
+from stack import PATIENCE, names, taken, waited
+from test_commands import started, streamkd, told
 
 from runners.bench.kill import TABLE, arguments, write_table
-from runners.feeds import DeadLetter, conformance
+from runners.feeds import DeadLetter, Feed, conformance
 from runners.feeds.conformance import Law, Stand
 from runners.feeds.kafka import Reader, kafka
-from streamkd import checkpoint
+from streamkd import Batch, checkpoint
 from streamkd.errors import ConfigError
 from streamkd.testing import check_feed
 
@@ -52,7 +53,7 @@ class Publisher:
     @property
     def servers(self) -> list[str]:
         """Where the brokers are."""
-        brokers = self._producer.list_topics(timeout=5).brokers.values()
+        brokers = self._producer.list_topics(timeout=PATIENCE).brokers.values()
         return [f"{broker.host}:{broker.port}" for broker in brokers]
 
     def publish(self, rows: Sequence[Mapping[str, Any]], partitions: Sequence[int] = (0,), first: int = 1) -> None:
@@ -61,7 +62,15 @@ class Publisher:
             partition = partitions[number % len(partitions)]
             self._producer.produce(self.topic, json.dumps(row), partition=partition, timestamp=first + number)
             self._producer.poll(0)
-        assert self._producer.flush(20) == 0
+        assert self._producer.flush(PATIENCE) == 0
+
+
+def drained(feed: Feed, at_once: int) -> list[Batch]:
+    """Poll a feed to its end."""
+    batches = []
+    while (batch := feed.poll(at_once)) is not None:
+        batches.append(batch)
+    return batches
 
 
 @pytest.fixture
@@ -100,11 +109,7 @@ def test_a_record_is_as_old_as_its_time_stamp(brokers: Publisher) -> None:
     began = time.time()
     brokers.publish(conformance.rows(0, 3), (0,), first=round(1_000 * began))
     feed = kafka(topic="s", servers=brokers.servers, refuse=nobody, **COMMON)
-    times: list[float] = []
-    while len(times) < 3:
-        batch = feed.poll(3)
-        assert batch is not None
-        times += batch.times
+    times = [at for batch in taken(feed, 3) for at in batch.times]
     feed.close()
     assert times == pytest.approx([began, began + 0.001, began + 0.002], abs=1e-3)
 
@@ -112,11 +117,8 @@ def test_a_record_is_as_old_as_its_time_stamp(brokers: Publisher) -> None:
 def test_partitions_come_in_the_order_of_their_time_stamps_from_every_position(brokers: Publisher) -> None:
     brokers.publish(conformance.rows(0, 90), (0, 1, 2))
     feed = kafka(topic="s", servers=brokers.servers, follow=False, refuse=nobody, **COMMON)
-    names = []
-    while (batch := feed.poll(7)) is not None:
-        names += batch.ids
+    assert names(drained(feed, 7)) == [f"r{n}" for n in range(90)]
     feed.close()
-    assert names == [f"r{n}" for n in range(90)]
     check_feed(lambda: kafka(topic="s", servers=brokers.servers, follow=False, refuse=nobody, **COMMON), records=23)
 
 
@@ -134,21 +136,16 @@ def test_a_partition_that_is_paused_goes_on_where_it_was(brokers: Publisher, mon
     brokers.publish(conformance.rows(0, 3_000), (0,), first=1)
     brokers.publish(conformance.rows(3_000, 6_000), (1,), first=3_001)
     feed = kafka(topic="s", servers=brokers.servers, follow=False, refuse=nobody, **COMMON)
-    names = []
-    while (batch := feed.poll(64)) is not None:
-        names += batch.ids
+    assert names(drained(feed, 64)) == [f"r{n}" for n in range(6_000)]
     feed.close()
-    assert names == [f"r{n}" for n in range(6_000)]
     assert any(pauses)
 
 
 def test_only_the_partitions_wanted_come(brokers: Publisher) -> None:
     brokers.publish(conformance.rows(0, 30), (0, 1, 2))
     feed = kafka(topic="s", servers=brokers.servers, partitions=(2, 0), follow=False, refuse=nobody, **COMMON)
-    batch = feed.poll(99)
+    assert names(drained(feed, 99)) == [f"r{n}" for n in range(30) if n % 3 != 1]
     feed.close()
-    assert batch is not None
-    assert batch.ids == tuple(f"r{n}" for n in range(30) if n % 3 != 1)
 
 
 @pytest.fixture(scope="module")
@@ -183,13 +180,12 @@ class Real:
 
     def make(self) -> None:
         """Make the topic."""
-        patience = time.monotonic() + 30
-        made = False
-        while not made and time.monotonic() < patience:
+
+        def made() -> bool:
             (asked,) = self._admin.create_topics([NewTopic(self.topic, self._partitions)]).values()
-            made = asked.exception() is None
-            time.sleep(0.1)  # one of the name may still be on its way out
-        assert made
+            return asked.exception() is None
+
+        assert waited(made)  # one of the name may still be on its way out
 
     def remake(self) -> None:
         """Delete it with all that it has, and make another one of its name."""
@@ -290,32 +286,31 @@ def test_killed_members_of_a_group_learn_all_and_little_of_it_twice(
 ) -> None:
     """At least once: a kill brings again what is in the newest checkpoint and not in the one before it, at most."""
     monkeypatch.chdir(tmp_path)
-    topic, kills, twice = Real(broker, partitions=2), 3, 0
+    topic, twice = Real(broker, partitions=2), 0
     rows = drifting()
-    topic.publish(rows, 0, 1)
     feed = ["feed.kind=kafka", f"feed.servers={topic.server}", f"feed.topic={topic.topic}", "feed.label=y"]
     more = ["feed.group=members", "feed.client={'session.timeout.ms' = 6000}", "labels.delay=0", "log.level=info"]
     command = arguments("default", Path("saved"), [*feed, *more])
-    for _ in range(kills):
+    for begin in range(0, 1_800, 600):  # so that each has something to learn, however long the one before lived
+        topic.publish(rows[begin : begin + 600], 0, 1)
         with started(*command) as daemon:
             told(daemon, "checkpoint")
             daemon.kill()
         twice += newest_interval(Path("saved"))
-    with started(*command) as daemon:
-        port = told(daemon, "listening")["port"]
-        wanted = [f'streamkd_feed_lag_records{{feed="kafka",partition="{number}"}} 0.0' for number in (0, 1)]
-        patience = time.monotonic() + 60
-        while not all(line in fetched(port, "/metrics")[1] for line in wanted) and time.monotonic() < patience:
-            time.sleep(0.2)
-        time.sleep(0.5)  # what was read last is learned
+    topic.publish(rows[1_800:], 0, 1)
+    consumer = confluent_kafka.Consumer({"bootstrap.servers": topic.server, "group.id": "members"})
+
+    def committed() -> int:
+        places = [TopicPartition(topic.topic, number) for number in (0, 1)]
+        return sum(place.offset for place in consumer.committed(places, timeout=PATIENCE))
+
+    with started(*command, "--set=checkpoint.every_seconds=0.5") as daemon:
+        assert waited(lambda: committed() == len(rows))
         daemon.send_signal(signal.SIGTERM)
-        assert daemon.wait(timeout=20) == 0
+        assert daemon.wait(PATIENCE) == 0
+    consumer.close()
     learned = checkpoint.about(checkpoint.found(Path("saved"))[0])["records"]
     assert len(rows) <= learned <= len(rows) + twice
-    consumer = confluent_kafka.Consumer({"bootstrap.servers": topic.server, "group.id": "members"})
-    committed = consumer.committed([TopicPartition(topic.topic, number) for number in (0, 1)], timeout=10)
-    consumer.close()
-    assert sum(one.offset for one in committed) == len(rows)
 
 
 @pytest.mark.slow
@@ -329,14 +324,8 @@ def test_partitions_that_are_added_are_read_from_their_beginning(
     topic.extend(2)
     topic.publisher = Publisher(topic.topic, **{"bootstrap.servers": topic.server})  # the other does not know yet
     topic.publish(conformance.rows(10, 30), 1)
-    names: list[str] = []
-    patience = time.monotonic() + 30
-    while len(names) < 20 and time.monotonic() < patience:
-        batch = feed.poll(16)
-        assert batch is not None
-        names += batch.ids
+    assert names(taken(feed, 20)) == [f"r{n}" for n in range(10, 30)]
     feed.close()
-    assert names == [f"r{n}" for n in range(10, 30)]
 
 
 @pytest.mark.slow
@@ -345,16 +334,14 @@ def test_only_the_partition_that_lost_its_position_is_read_anew(broker: Broker) 
     topic.publish(conformance.rows(0, 100), 0, 1)
     made = topic.stand(on_position_lost="earliest", follow=False)
     feed = made.open(refuse=nobody)
-    batch = feed.poll(20)
+    position = taken(feed, 20)[-1].position
     feed.close()
-    assert batch is not None
     topic.forget(30, partition=1)
     again = made.open(refuse=nobody)
-    again.seek(batch.position)
-    rest = again.poll(200)
+    again.seek(position)
+    rest = names(drained(again, 200))
     again.close()
-    assert rest is not None
-    assert sorted(rest.ids) == sorted(f"r{n}" for n in range(20, 100) if n % 2 == 0 or n >= 60)
+    assert sorted(rest) == sorted(f"r{n}" for n in range(20, 100) if n % 2 == 0 or n >= 60)
     assert dict(again.resets) == {"trimmed": 1}
 
 

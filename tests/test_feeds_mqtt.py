@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from brokers import Broker, mosquitto
 from outage import costs_nothing
+from stack import PATIENCE, names, taken, waited
 from test_commands import fetched, started, told
 
 from runners.bench.kill import RECORDS, TABLE, kill_loop, write_table
@@ -53,7 +54,7 @@ def publish(broker: Broker, topic: str, rows: Sequence[Mapping[str, Any]]) -> No
     client.connect("127.0.0.1", broker.port)
     client.loop_start()
     for sent in [client.publish(topic, json.dumps(row), qos=1) for row in rows]:
-        sent.wait_for_publish(30)
+        sent.wait_for_publish(PATIENCE)
         assert sent.is_published()
     client.disconnect()
     client.loop_stop()
@@ -94,15 +95,18 @@ def test_a_spool_that_is_full_leaves_the_rest_with_the_broker_until_there_is_roo
     time.sleep(0.5)
     spooled = sum(file.stat().st_size for file in (tmp_path / "spool").iterdir())
     assert spooled < 350_000  # of 700,000
-    names: list[str] = []
-    patience = time.monotonic() + 30
-    while len(names) < 500 and time.monotonic() < patience:
+    found: list[str] = []
+
+    def come() -> bool:
         batch = feed.poll(100)
         assert batch is not None
-        names += batch.ids
+        found.extend(batch.ids)
         feed.commit(batch.position)
+        return len(found) >= 500
+
+    waited(come, every=0)
     feed.close()
-    assert names == [f"r{n}" for n in range(500)]
+    assert found == [f"r{n}" for n in range(500)]
 
 
 @pytest.mark.slow
@@ -125,11 +129,9 @@ def test_a_killed_run_learns_what_an_unbroken_one_learns(
             daemon.kill()
     with started(*command) as daemon:
         port = told(daemon, "listening")["port"]
-        learned, patience = 0, time.monotonic() + 60
-        while learned < 2_000 and time.monotonic() < patience:
-            learned = json.loads(fetched(port, "/v1/status")[1]).get("records", 0)
+        assert waited(lambda: json.loads(fetched(port, "/v1/status")[1]).get("records", 0) >= 2_000)
         daemon.send_signal(signal.SIGTERM)
-        assert daemon.wait(timeout=20) == 0
+        assert daemon.wait(PATIENCE) == 0
     learned = checkpoint.about(checkpoint.found(Path("saved"))[0])["records"]
     assert 2_000 <= learned <= 2_000 + 2 * AT_ONCE
 
@@ -150,9 +152,8 @@ def table(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tu
 @pytest.mark.slow
 def test_from_the_spool_a_killed_run_ends_where_an_unbroken_one_ends(table: tuple[Stand, list[str]]) -> None:
     made, settings = table
-    feed, come = made.open(refuse=nobody), 0
-    while come < RECORDS:
-        come += len(feed.poll(100) or ())
+    feed = made.open(refuse=nobody)
+    taken(feed, RECORDS)
     feed.close()
     outcome = kill_loop("default", 4, seed=1, feed=[*settings, "feed.follow=false"])
     assert outcome.equal == outcome.ends >= 1
@@ -174,10 +175,8 @@ def test_a_message_that_a_kill_cut_short_is_the_brokers_to_send_again(tmp_path: 
     (tmp_path / "spool" / "000000000001.lines").write_bytes(as_line(b'{"a": 1, "b": 2, "y": "a"}')[:21])
     made.publish(conformance.rows(0, 3))
     feed = made.open(refuse=nobody)
-    batch = feed.poll(16)
+    assert names(taken(feed, 3)) == ["r0", "r1", "r2"]
     feed.close()
-    assert batch is not None
-    assert batch.ids == ("r0", "r1", "r2")
 
 
 def test_an_address_that_is_none_is_told(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from brokers import Broker, nats_server
 from outage import costs_nothing
+from stack import PATIENCE, names, taken
 
 from runners.bench.kill import RECORDS, TABLE, arguments, ended, in_a_child, kill_loop, write_table
 from runners.feeds import conformance
@@ -45,7 +46,7 @@ def asked(broker: Broker, work: Callable[[Any], Awaitable[Any]]) -> None:
     async def run() -> None:
         client = await nats.connect(url(broker))
         try:
-            await work(client.jetstream(timeout=20))
+            await work(client.jetstream(timeout=PATIENCE))
         finally:
             await client.close()
 
@@ -100,23 +101,19 @@ def test_what_a_durable_consumer_lost_while_nobody_read_is_told(broker: Broker) 
     made = stand(broker, durable="d")
     made.publish(conformance.rows(0, 20))
     feed = made.open(refuse=lambda _: None)
-    batch = feed.poll(5)
-    assert batch is not None
-    feed.commit(batch.position)
+    position = taken(feed, 5)[-1].position
+    feed.commit(position)
     feed.close()
     # The server moves what the consumer knows, too; it is the checkpoint's position that tells.
     asked(broker, lambda context: context.update_stream(name="s", subjects=["records.*"], max_msgs=8))
     feed = made.open(refuse=lambda _: None)
     with pytest.raises(FeedError, match=r"7 messages after 5 were removed .*feed\.on_position_lost"):
-        feed.seek(batch.position)
+        feed.seek(position)
     feed.close()
     feed = made.open(refuse=lambda _: None, on_position_lost="earliest")
-    feed.seek(batch.position)
-    names: list[str] = []
-    while len(names) < 8 and (batch := feed.poll(16)) is not None:
-        names += batch.ids
+    feed.seek(position)
+    assert names(taken(feed, 8)) == [f"r{n}" for n in range(12, 20)]
     feed.close()
-    assert names == [f"r{n}" for n in range(12, 20)]
     assert dict(feed.resets) == {"trimmed": 1}
 
 
@@ -131,9 +128,7 @@ def test_only_the_subjects_wanted_come_and_others_are_no_loss(broker: Broker) ->
     assert made.forget is not None
     made.forget(10)
     asked(broker, lambda context: context.publish("records.b", json.dumps(conformance.rows(7, 8)[0]).encode()))
-    batch = feed.poll(16)
-    assert batch is not None
-    assert batch.ids == ("r7",)
+    assert names(taken(feed, 1)) == ["r7"]
     feed.close()
 
 
@@ -142,11 +137,10 @@ def test_a_message_is_as_old_as_the_server_says(broker: Broker) -> None:
     began = time.time() - 1
     made.publish(conformance.rows(0, 3))
     feed = made.open(refuse=lambda _: None)
-    batch = feed.poll(16)
+    times = [at for batch in taken(feed, 3) for at in batch.times]
     feed.close()
-    assert batch is not None
-    assert len(batch.times) == 3
-    assert all(began < at < time.time() + 1 for at in batch.times)
+    assert len(times) == 3
+    assert all(began < at < time.time() + 1 for at in times)
 
 
 @pytest.fixture
@@ -185,3 +179,11 @@ def test_a_durable_consumer_knows_what_is_in_a_checkpoint(broker: Broker, table:
 
     asked(broker, look)
     assert floors == [RECORDS]
+
+
+def test_a_server_that_is_away_is_given_up_at_once(broker: Broker) -> None:
+    """The client goes on asking for as long as a slow server may take, unless it is kept from that."""
+    made = stand(broker)
+    broker.stop()
+    with pytest.raises(FeedError, match=r"feed\.url = .*: cannot be reached \(nats: no servers available"):
+        made.open(refuse=lambda _: None)

@@ -11,23 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from brokers import Broker, redis_server
 from outage import costs_nothing, newest_interval
+from stack import PATIENCE, names, taken, waited
 from test_commands import fetched, started, streamkd, told
 
 from runners.bench.kill import RECORDS, TABLE, arguments, ended, in_a_child, kill_loop, write_table
 from runners.feeds import conformance
 from runners.feeds.conformance import Law, Stand
 from runners.feeds.redis_streams import redis_stream
-from streamkd import Batch, checkpoint
+from streamkd import checkpoint
 from streamkd.errors import ConfigError, FeedError
 from streamkd.testing import check_feed
 
 redis = pytest.importorskip("redis", reason="the client is not installed: pip install 'streamkd[redis]'")
-
-
-NOBODY = torch.zeros(0)
 
 
 @pytest.fixture(scope="module")
@@ -95,34 +92,36 @@ def test_an_entry_is_as_old_as_its_id_unless_it_tells_or_its_id_was_chosen(broke
     began = time.time() - 1
     made.publish([{**conformance.rows(0, 1)[0], "at": 1_767_225_600}])
     feed = made.open(refuse=lambda _: None)
-    batch = feed.poll(16)
-    assert batch is not None
+    (batch,) = taken(feed, 1)
     assert began < batch.times[0] < time.time() + 1
     feed.close()
     telling = redis_stream(
         stream="s", url=url(broker), label="y", id="id", time="at", max_classes=5, refuse=lambda _: None
     )
-    batch = telling.poll(16)
-    assert batch is not None
+    (batch,) = taken(telling, 1)
     assert batch.times == (1_767_225_600.0,)
     telling.close()
     chosen = stand(broker, group=group, consumer="c")
     with redis.Redis.from_url(url(broker)) as client:
         client.xadd("s", conformance.rows(0, 1)[0], id="7-0")
     feed = chosen.open(refuse=lambda _: None)
-    batch = feed.poll(16)
-    assert batch is not None
+    (batch,) = taken(feed, 1)
     assert (len(batch), batch.times) == (1, ())
     feed.close()
+
+
+def drifting() -> list[dict[str, str]]:
+    """A stream that drifts."""
+    write_table(TABLE)
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return [{**row, "id": f"r{n}"} for n, row in enumerate(csv.DictReader(file))]
 
 
 @pytest.fixture
 def table(broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A stream that drifts, published; the settings to learn it by id up to its end."""
     monkeypatch.chdir(tmp_path)
-    write_table(TABLE)
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        stand(broker).publish([{**row, "id": f"r{n}"} for n, row in enumerate(csv.DictReader(file))])
+    stand(broker).publish(drifting())
     return ["feed.kind=redis", f"feed.url={url(broker)}", "feed.stream=s", "feed.label=y", "feed.id=id"]
 
 
@@ -152,32 +151,26 @@ def acknowledged(broker: Broker) -> int:
 @pytest.mark.slow
 def test_killed_members_of_a_group_learn_all_and_little_of_it_twice(broker: Broker, table: list[str]) -> None:
     """At least once: a kill brings again what is in the newest checkpoint and not in the one before it, at most."""
-    interval, kills, twice = 160, 6, 0
+    rows, twice = drifting(), 0
+    stand(broker)  # emptied: something new is published before each kill, however far the run before has come
     group = [*table, "feed.group=g", "feed.consumer=c", "labels.delay=0"]
     command = arguments("default", Path("saved"), group)
     chance = random.Random(5)  # noqa: S311 - not for secrets
-    for _ in range(kills):
+    for begin in range(0, RECORDS, 400):
+        publish(broker, rows[begin : begin + 400])
         before = acknowledged(broker)
         pid = in_a_child(*command)
-        patience = time.monotonic() + 30
-        while acknowledged(broker) <= before and time.monotonic() < patience:
-            time.sleep(0.02)
+        assert waited(lambda before=before: acknowledged(broker) > before, every=0.02)
         time.sleep(chance.uniform(0, 0.1))
         os.kill(pid, signal.SIGKILL)
         assert ended(pid) == -signal.SIGKILL
         twice += newest_interval(Path("saved"))
-    with started(*command, "--set=log.level=info") as daemon, redis.Redis.from_url(url(broker)) as client:
+    last = ("--set=log.level=info", "--set=checkpoint.every_seconds=0.5")
+    with started(*command, *last) as daemon, redis.Redis.from_url(url(broker)) as client:
         told(daemon, "restored")
-        patience = time.monotonic() + 60
-        while time.monotonic() < patience:
-            (about,) = client.xinfo_groups("s")
-            if not about["lag"] and about["pending"] < interval:
-                break
-            time.sleep(0.2)
+        assert waited(lambda: [(group["lag"], group["pending"]) for group in client.xinfo_groups("s")] == [(0, 0)])
         daemon.send_signal(signal.SIGTERM)
-        assert daemon.wait(timeout=30) == 0
-        (about,) = client.xinfo_groups("s")
-    assert (about["lag"], about["pending"]) == (0, 0)
+        assert daemon.wait(PATIENCE) == 0
     learned = checkpoint.about(checkpoint.found(Path("saved"))[0])["records"]
     # What a killed run learned after its last checkpoint is not in the state that went on, so it counts once; what was
     # in that checkpoint and not yet acknowledged counts twice.
@@ -197,7 +190,7 @@ def test_a_position_that_was_lost_while_nothing_ran_is_told(broker: Broker, tabl
     with started(*command, "--set=checkpoint.every_records=400") as daemon:
         told(daemon, "checkpoint")
         daemon.send_signal(signal.SIGTERM)
-        assert daemon.wait(timeout=20) == 0
+        assert daemon.wait(PATIENCE) == 0
     with TABLE.open(encoding="utf-8", newline="") as file:
         publish(broker, [{**row, "id": f"m{n}"} for n, row in zip(range(100), csv.DictReader(file), strict=False)])
     with redis.Redis.from_url(url(broker)) as client:
@@ -235,10 +228,9 @@ def test_a_stream_without_records_is_waited_for_and_then_told(broker: Broker) ->
         made.open(refuse=lambda _: None)
     feed = made.open(refuse=lambda _: None, columns=("a", "b"))
     made.publish(conformance.rows(0, 3))
-    batch = feed.poll(16)
+    batches = taken(feed, 3)
     feed.close()
-    assert batch is not None
-    assert batch.x.tolist() == [[0, 0], [1, 0.5], [2, 1]]
+    assert [row for batch in batches for row in batch.x.tolist()] == [[0, 0], [1, 0.5], [2, 1]]
 
 
 def test_a_payload_of_many_records_is_left_and_found_again_in_its_middle(broker: Broker) -> None:
@@ -259,20 +251,17 @@ def test_an_entry_deleted_by_hand_is_no_loss(broker: Broker) -> None:
     with redis.Redis.from_url(url(broker)) as client:
         client.xdel("s", client.xrange("s")[5][0])
     feed = made.open(refuse=lambda _: None)
-    batch = feed.poll(16)
-    assert batch is not None
-    assert len(batch) == 9
+    position = taken(feed, 9)[-1].position
+    assert not len(feed.poll(16) or ())
     assert not any(feed.lag().values())
     feed.close()
     assert made.forget is not None
     made.forget(9)
     made.publish(conformance.rows(10, 12))
     again = made.open(refuse=lambda _: None)
-    again.seek(batch.position)
-    batch = again.poll(16)
+    again.seek(position)
+    assert names(taken(again, 2)) == ["r10", "r11"]
     again.close()
-    assert batch is not None
-    assert batch.ids == ("r10", "r11")
 
 
 def test_latest_begins_with_what_comes_next(broker: Broker) -> None:
@@ -280,10 +269,8 @@ def test_latest_begins_with_what_comes_next(broker: Broker) -> None:
     made.publish(conformance.rows(0, 10))
     feed = made.open(refuse=lambda _: None)
     made.publish(conformance.rows(10, 12))
-    batch = feed.poll(16)
+    assert names(taken(feed, 2)) == ["r10", "r11"]
     feed.close()
-    assert batch is not None
-    assert batch.ids == ("r10", "r11")
 
 
 def test_what_a_member_of_a_group_left_long_ago_is_taken_over_by_another(broker: Broker) -> None:
@@ -292,9 +279,8 @@ def test_what_a_member_of_a_group_left_long_ago_is_taken_over_by_another(broker:
     for consumer in ("gone", "next"):
         time.sleep(0.1)
         feed = made.open(refuse=lambda _: None, consumer=consumer)
-        given = [name for _ in range(3) for name in (feed.poll(16) or Batch(NOBODY, NOBODY)).ids]
+        assert names(taken(feed, 30)) == [f"r{n}" for n in range(30)]
         feed.close()
-        assert given == [f"r{n}" for n in range(30)]
 
 
 def test_check_shows_three_records_and_a_server_that_is_away(

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import free_port
 from hypothesis import given
 from hypothesis import strategies as st
+from stack import free_port
 from test_commands import streamkd, table
 
 from runners import logs

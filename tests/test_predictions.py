@@ -4,11 +4,12 @@ import json
 import os
 import resource
 import signal
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stack import waited
 from test_commands import run_once, table
 
 from runners.bench.kill import RECORDS, TABLE, arguments, ended, in_a_child, write_table
@@ -58,16 +59,20 @@ def test_ids_are_told_where_records_have_them(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.slow
 def test_killed_runs_leave_no_record_without_an_answer_and_give_the_same_answer_twice() -> None:
     write_table(TABLE)
-    command = [*arguments("default", Path("saved")), *(f"--set={pair}" for pair in JSONL), "--set=labels.delay=0"]
-    for kill in range(5):
-        before = len(written()) if Path("out").exists() else 0
+    header, *rows = TABLE.read_text(encoding="utf-8").splitlines(keepends=True)
+    TABLE.write_text(header, encoding="utf-8")
+    feed = ["feed.kind=tail", "feed.format=csv", f"feed.path={TABLE}", "feed.label=y", "labels.delay=0"]
+    command = [*arguments("default", Path("saved"), feed), *(f"--set={pair}" for pair in JSONL)]
+    for begin in range(0, 2_000, 400):  # a run never comes to its end before it is killed
+        grow(rows[begin : begin + 400])
+        before = len(lines_so_far())
         pid = in_a_child(*command)
-        patience = time.monotonic() + 60
-        while time.monotonic() < patience and (not Path("out").exists() or len(lines_so_far()) < before + 300):
-            time.sleep(0.02)
+        enough = waited(lambda before=before: len(lines_so_far()) >= before + 300, every=0.02)
         os.kill(pid, signal.SIGKILL)
-        assert ended(pid) == -signal.SIGKILL, kill
-    assert ended(in_a_child(*command)) == 0
+        assert ended(pid) == -signal.SIGKILL
+        assert enough
+    grow(rows[2_000:])
+    assert ended(in_a_child(*command, "--set=feed.follow=false")) == 0
     answers: dict[int, dict[str, Any]] = {}
     for line in written():
         assert answers.setdefault(line["record"], line) == line
@@ -75,7 +80,14 @@ def test_killed_runs_leave_no_record_without_an_answer_and_give_the_same_answer_
     assert len(written()) > RECORDS
 
 
+def grow(rows: Sequence[str]) -> None:
+    with TABLE.open("a", encoding="utf-8") as file:
+        file.writelines(rows)
+
+
 def lines_so_far() -> list[str]:
+    if not Path("out/predictions.jsonl").exists():
+        return []
     return Path("out/predictions.jsonl").read_text(encoding="utf-8").splitlines()
 
 

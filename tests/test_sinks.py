@@ -13,6 +13,7 @@ from typing import Any
 import brokers
 import pytest
 from brokers import Broker
+from stack import PATIENCE, waited
 from test_commands import run_once, streamkd, table
 
 from runners import sinks
@@ -32,12 +33,12 @@ class Place:
     Attributes:
         broker: that takes them.
         settings: of `predictions`, the first being the kind.
-        received: gives those that it has.
+        received: gives those that it has; waits until there are as many as it is told.
     """
 
     broker: Broker
     settings: tuple[str, ...]
-    received: Callable[[], list[bytes]]
+    received: Callable[[int], list[bytes]]
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def redis_place(folder: Path) -> Iterator[Place]:
     broker = brokers.redis_server(folder, "--appendonly", "yes", "--appendfsync", "always")
     url = f"redis://127.0.0.1:{broker.port}/0"
 
-    def received() -> list[bytes]:
+    def received(_: int) -> list[bytes]:
         with redis.Redis.from_url(url) as client:
             return [fields[b"data"] for _, fields in client.xrange("out")]
 
@@ -63,14 +64,14 @@ def nats_place(folder: Path) -> Iterator[Place]:
 
     async def run(work: Callable[[Any], Any]) -> None:
         client = await nats.connect(url)
-        await work(client.jetstream())
+        await work(client.jetstream(timeout=PATIENCE))
         await client.close()
 
     async def read(context: Any) -> None:
         state = (await context.stream_info("out")).state
         found[:] = [(await context.get_msg("out", n)).data for n in range(1, state.last_seq + 1)]
 
-    def received() -> list[bytes]:
+    def received(_: int) -> list[bytes]:
         asyncio.run(run(read))
         return found
 
@@ -92,10 +93,11 @@ def mqtt_place(folder: Path) -> Iterator[Place]:
     client.on_subscribe = lambda *_: subscribed.set()
     client.connect("127.0.0.1", broker.port)
     client.loop_start()
-    assert subscribed.wait(20)  # what is published before is for nobody
+    assert subscribed.wait(PATIENCE)  # what is published before is for nobody
 
-    def received() -> list[bytes]:
+    def received(least: int) -> list[bytes]:
         """Wait until no more comes: a publisher may hear of its message sooner than a reader."""
+        waited(lambda: len(set(found)) >= least)
         count = -1
         while len(found) != count:
             count = len(found)
@@ -113,14 +115,21 @@ def kafka_place(folder: Path) -> Iterator[Place]:
     confluent = pytest.importorskip("confluent_kafka")
     broker = brokers.kafka(folder)
     servers = f"127.0.0.1:{broker.port}"
+    admin = pytest.importorskip("confluent_kafka.admin")
+    client = admin.AdminClient({"bootstrap.servers": servers})
+    client.create_topics([admin.NewTopic("out", 1)])["out"].result()
 
-    def received() -> list[bytes]:
+    def received(_: int) -> list[bytes]:
         settings = {"bootstrap.servers": servers, "group.id": "none", "enable.partition.eof": True}
         consumer = confluent.Consumer(settings)
         consumer.assign([confluent.TopicPartition("out", 0, 0)])
         found = []
-        while (message := consumer.poll(20)) is not None and message.error() is None:
-            found.append(message.value())
+        while (message := consumer.poll(PATIENCE)) is not None:
+            error = message.error()
+            if error is None:
+                found.append(message.value())
+            elif error.code() == confluent.KafkaError._PARTITION_EOF:  # noqa: SLF001 - so named
+                break
         consumer.close()
         return found
 
@@ -148,7 +157,7 @@ def test_every_prediction_is_a_message_and_a_broker_that_is_away_is_told(
     table(Path("d.csv"), RECORDS)
     overrides = [f"predictions.{setting}" for setting in place.settings]
     assert run_once(monkeypatch, *overrides) == 0
-    assert [json.loads(line)["record"] for line in place.received()] == list(range(1, RECORDS + 1))
+    assert [json.loads(line)["record"] for line in place.received(RECORDS)] == list(range(1, RECORDS + 1))
     place.broker.stop()
     given = [f"--set={pair}" for pair in ("feed.path=d.csv", "feed.label=y", *overrides, "checkpoint.directory=other")]
     assert streamkd(monkeypatch, "run", "default", *given) == 3
@@ -175,14 +184,12 @@ def test_what_could_not_be_put_is_told_and_put_again_when_the_broker_is_back(pla
             return False
         return True
 
-    assert put(["a", "b"])
+    assert waited(lambda: put(["a", "b"]))
     place.broker.stop()
     assert not put(["c", "d"])
     place.broker.start()
-    patience = time.monotonic() + 60
-    while not put(["c", "d"]) and time.monotonic() < patience:
-        time.sleep(0.1)
+    assert waited(lambda: put(["c", "d"]))
     sink.close()
-    found = place.received()
+    found = place.received(4)
     assert set(found) == {b"a", b"b", b"c", b"d"}
     assert found[:2] == [b"a", b"b"]

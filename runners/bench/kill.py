@@ -29,7 +29,7 @@ from streamkd.errors import ConfigError, StreamkdError
 RECORDS = 2_400
 OPERATIONS = 45
 """A save, and the pruning after it, are fewer operations on files than this."""
-SECONDS = 60
+SECONDS = 300
 """A run takes less to start."""
 TABLE = Path("table.csv")
 SETTINGS = (

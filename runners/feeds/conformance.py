@@ -24,10 +24,10 @@ from streamkd.batch import Batch
 from streamkd.errors import FeedError
 from streamkd.testing import check_feed
 
-PATIENCE = 30.0
+PATIENCE = 120.0
 """Seconds for what a feed does by itself."""
-PROMPT = 2.0
-"""Seconds that a poll may take, whatever has become of the source."""
+PROMPT = 20.0
+"""Seconds that a poll may take on a busy machine, whatever has become of the source: fewer than stall a daemon."""
 CLASSES = "abc"
 LAST = 1_999
 """Number of the last record that a feed which is too slow is after."""

@@ -24,8 +24,10 @@ from runners.feeds.stream import (
 )
 from runners.passwords import from_environment
 
-SECONDS = 1.0
+SECONDS = 5.0
 """For an answer; a server that takes longer is taken for lost."""
+ONCE = {"allow_reconnect": False, "max_reconnect_attempts": 1, "reconnect_time_wait": 0, "connect_timeout": SECONDS}
+"""The client tries a server for good unless it is told all of this; the feed tries again itself, and tells."""
 ACKNOWLEDGED_SECONDS = 86_400.0
 """Within which a checkpoint covers what was read; the server gives what it does not a second time."""
 IDLE_SECONDS = 60.0
@@ -92,10 +94,7 @@ class Sequences:
 
     async def _open(self, place: Place | None, start: Start) -> Place:
         await self._disconnect()
-        connecting = self._nats.connect(
-            self._url, allow_reconnect=False, connect_timeout=SECONDS, error_cb=_quiet, **self._options
-        )
-        # The client would try for good, though it is told not to.
+        connecting = self._nats.connect(self._url, error_cb=_quiet, **ONCE, **self._options)
         self._client = await asyncio.wait_for(connecting, SECONDS)
         self._context = self._client.jetstream(timeout=SECONDS)
         about = await self._context.stream_info(self._stream)

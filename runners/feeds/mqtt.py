@@ -19,7 +19,7 @@ from runners.feeds.stream import StreamFeed, UnreachableError, open_stream, read
 from runners.passwords import from_environment
 from streamkd.errors import ConfigError
 
-SECONDS = 1.5
+SECONDS = 5.0
 """For the broker to let us in."""
 LONGEST_SESSION = 0xFFFFFFFF
 """Seconds, which stand for good."""
