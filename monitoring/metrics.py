@@ -2,7 +2,8 @@
 
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -76,16 +77,12 @@ class Metrics:
         self._correct = {name: self.correct.labels(peer=name) for name in answering}
         parts = ("hard", "soft", "total")
         self._loss = {(p, c): self.loss.labels(peer=p, component=c) for p in peers for c in parts}
-        self._weight = {name: self.served_weight.labels(peer=name) for name in peers}
         self._norm = {name: self.gradient_norm.labels(peer=name) for name in peers}
         actions = ("skipped", "rolled_back", "restarted")
         self._nonfinite = {(p, a): self.nonfinite.labels(peer=p, action=a) for p in peers for a in actions}
-        self._temperature = {name: self.temperature.labels(peer=name) for name in peers}
-        self._alpha = {pair: self.alpha.labels(teacher=pair[0], student=pair[1]) for pair in sources}
         self._divergence = {name: self.divergence.labels(student=name) for name in peers}
-        self._transfer = {name: self.transfer.labels(student=name) for name in peers}
-        self._capacity = {name: self.capacity.labels(student=name) for name in peers}
-        self._teacher = {name: self.teacher.labels(peer=name) for name in peers}
+        self._last: Report | None = None
+        self._show(peers, sources)
         self._swaps = {reason: self.swaps.labels(reason=reason) for reason in SWAP_REASONS}
         self._drifts = self.drifts.labels(detector=detector, signal=signal)
         self._last_drift = self.last_drift.labels(detector=detector, signal=signal)
@@ -206,6 +203,7 @@ class Metrics:
         for name, correct in report.scored.correct.items():
             self._evaluated[name].inc(len(report.scored.y))
             self._correct[name].inc(correct)
+        self._last = report
         self._observe_peers(report)
         if report.drift:
             self._drifts.inc(len(report.drift))
@@ -223,21 +221,34 @@ class Metrics:
 
     def _observe_peers(self, report: Report) -> None:
         for name, peer in report.peers.items():
-            self._weight[name].set(peer.weight)
-            self._temperature[name].set(peer.temperature)
-            self._transfer[name].set(peer.transfer_efficiency)
-            self._capacity[name].set(peer.capacity_ratio)
-            self._teacher[name].set(name == report.teacher)
             for action, count in unsound(peer).items():
-                self._nonfinite[name, action].inc(count - self._unsound.get((name, action), 0))
-                self._unsound[name, action] = count
+                if more := count - self._unsound.get((name, action), 0):
+                    self._nonfinite[name, action].inc(more)
+                    self._unsound[name, action] = count
             if report.trained:
                 _observe(self._norm[name], peer.gradient_norm)
                 _observe(self._divergence[name], peer.divergence)
                 for component in ("hard", "soft", "total"):
                     _observe(self._loss[name, component], getattr(peer, component))
-        for pair, gauge in self._alpha.items():
-            gauge.set(report.alphas.get(pair, 0.0))
+
+    def _show(self, peers: Sequence[str], sources: Sequence[tuple[str, str]]) -> None:
+        """Let what changes with every batch be read off the last report whenever somebody asks."""
+
+        def last(read: Callable[[Report], float]) -> Callable[[], float]:
+            return lambda: 0.0 if self._last is None else read(self._last)
+
+        for name in peers:
+            for gauge, field in (
+                (self.served_weight.labels(peer=name), "weight"),
+                (self.temperature.labels(peer=name), "temperature"),
+                (self.transfer.labels(student=name), "transfer_efficiency"),
+                (self.capacity.labels(student=name), "capacity_ratio"),
+            ):
+                gauge.set_function(last(partial(_of_peer, name=name, field=field)))
+            self.teacher.labels(peer=name).set_function(last(partial(_in_office, name=name)))
+        for pair in sources:
+            gauge = self.alpha.labels(teacher=pair[0], student=pair[1])
+            gauge.set_function(last(partial(_listens, pair=pair)))
 
     def observe_times(self, times: Sequence[float], *, now: float) -> None:
         """Take in when the records of a batch that was learned came to be.
@@ -318,6 +329,19 @@ class Metrics:
 def unsound(peer: PeerReport | Peer | RiverPeer) -> dict[str, int]:
     """Return how often a peer had no finite gradient and what was done about it, so far."""
     return {"skipped": peer.skipped, "rolled_back": peer.rollbacks, "restarted": peer.restarts}
+
+
+def _of_peer(report: Report, *, name: str, field: str) -> float:
+    value: float = getattr(report.peers[name], field)
+    return value
+
+
+def _in_office(report: Report, *, name: str) -> float:
+    return float(report.teacher == name)
+
+
+def _listens(report: Report, *, pair: tuple[str, str]) -> float:
+    return report.alphas.get(pair, 0.0)
 
 
 def _observe(summary: Summary, value: float) -> None:

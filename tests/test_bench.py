@@ -22,10 +22,12 @@ from runners.bench.pairs import Ratio, in_turn, ratio
 from runners.bench.rows import DEFAULT, MECHANISMS, Row, from_the_bottom, one_off, rows
 from runners.bench.streams import Records, Stream
 from runners.evaluate import evaluate
+from streamkd import LabelRates, Pool, Served
 from streamkd.batch import UNLABELLED, Batch
 from streamkd.config import build_engine
+from streamkd.inputs import Standardiser
 from streamkd.models import mlp
-from streamkd.report import SERVED
+from streamkd.report import SERVED, of_truth
 
 TINY = Stream(None, None, 16, 320)
 QUICK = [Row(DEFAULT, (), "", DEFAULT), *one_off()[:2], Row("the mission preset", (), "", "instead", "mission")]
@@ -289,6 +291,25 @@ def test_the_loops_by_hand_compute_the_same_together_and_one_by_one() -> None:
             learners.step()
         with torch.no_grad():
             assert torch.allclose(together.predict(x), apart.predict(x), atol=1e-4)
+
+
+def test_the_bare_loop_scales_and_answers_as_streamkd_does() -> None:
+    chance = torch.Generator().manual_seed(2)
+    scaling, inputs = by_hand.Scaling((4,)), Standardiser()
+    answer, pool, served = by_hand.Answer(6, 3), Pool(6, LabelRates(3, answered=())), Served(6)
+    seen = torch.ones(3, dtype=torch.bool)
+    for _ in range(40):
+        x, logits = torch.randn(16, 4, generator=chance), torch.randn(6, 16, 3, generator=chance)
+        y = torch.randint(0, 3, (16,), generator=chance)
+        assert torch.allclose(scaling(x), inputs(x), atol=1e-5)
+        log_p = logits.log_softmax(-1)
+        sources, expected = pool.serve(log_p, served.answer(log_p), seen)
+        assert torch.allclose(answer(logits), expected, atol=1e-5)
+        for learner in (scaling, inputs):
+            learner.update(x)
+        answer.update(y)
+        pool.update(sources, y)
+        served.update(of_truth(log_p, y))
 
 
 def test_ratios_are_taken_round_by_round() -> None:

@@ -30,6 +30,7 @@ def main(*, rounds: int, json_to: str | None) -> None:
     """Time the engine beside loops by hand, and print the ratios."""
     check_targets(json_to)
     console = Console(stderr=json_to == "-")
+    torch.set_num_threads(load("default").threads)
     tables, pictures = small(rounds), images(max(3, rounds // 4))
     found = {
         "engine over the bare loop, batch 16, small networks": tables["bare"],
