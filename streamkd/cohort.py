@@ -1,6 +1,7 @@
 """The peers together: what they answer, who teaches whom, and one simultaneous update of them all."""
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -96,18 +97,23 @@ class Cohort:
         return len(self.peers)
 
     @torch.no_grad()
-    def predict(self, x: Tensor) -> Tensor:
-        """Answer `x` `[n, ...]`: logits `[2 * peers, n, classes]`, the peers' first, then their averages'."""
+    def predict(self, x: Tensor, classes: int = sys.maxsize) -> Tensor:
+        """Answer `x` `[n, ...]`: logits `[2 * peers, n, classes]`, the peers' first, then their averages'.
+
+        Args:
+            x: as above.
+            classes: how many of the first ones are asked for; all, if there are fewer.
+        """
 
         def answer() -> Tensor:
             if x.shape[0] <= self.fitting.at_once:
-                return self._predict(x)
-            return torch.cat([self._predict(part) for part in torch.split(x, self.fitting.at_once)], 1)
+                return self._predict(x, classes)
+            return torch.cat([self._predict(part, classes) for part in torch.split(x, self.fitting.at_once)], 1)
 
         return self.fitting(answer, x.shape[0])
 
-    def _predict(self, x: Tensor) -> Tensor:
-        said = [group.predict(x) for group in self.groups]
+    def _predict(self, x: Tensor, classes: int) -> Tensor:
+        said = [group.predict(x, classes) for group in self.groups]
         if len(said) == 1:
             return said[0]
         peers, averages = zip(*(answers.chunk(2) for answers in said), strict=True)
@@ -236,12 +242,12 @@ class Cohort:
     def _bring(self, lesson: Lesson, norms: list[float], *, seen: Tensor, weights: Tensor, add: bool) -> Learned:
         """Bring every peer its gradient, or add it to the last one; only what has no finite loss gets its norm, NaN."""
         asked, lesson = lesson, lesson.unrolled()
-        logits = self._in_order([group.learn(lesson.x) for group in self.groups])
+        logits = self._in_order([group.learn(lesson.x, len(seen)) for group in self.groups])
         rule = self._lessons = self._lessons or self._prepare(logits.device)
         hints: dict[int, Tensor] = {}
         how, told = self.distillation, None
         if self._plain and asked.plain and logits.is_cpu and (how.by_peers or not rule.teach):
-            told = in_arrays(logits[..., : len(seen)], seen, lesson, rule, gate=how.gate, cap=how.cap)
+            told = in_arrays(logits, seen, lesson, rule, gate=how.gate, cap=how.cap)
         if told is not None:
             parts, gradient, answers = told
         else:
@@ -249,8 +255,6 @@ class Cohort:
             # A loss that is not finite may have a gradient that is.
             for index, loss in enumerate(parts[0].sum(1).tolist()):
                 norms[index] += 0.0 if math.isfinite(loss) else math.nan
-        if rest := logits.shape[-1] - len(seen):
-            gradient = functional.pad(gradient, (0, rest))
         for group in self.groups:
             own = gradient if len(self.groups) == 1 else gradient[group.members]
             hint = hints.get(group.members[0]) if hints else None
@@ -265,7 +269,7 @@ class Cohort:
         self, logits: Tensor, asked: Lesson, lesson: Lesson, rule: Pairs, *, seen: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
         """Work out any lesson: like `in_arrays`, and what each student is to learn from features."""
-        leaf = mask_unseen(logits[..., : len(seen)], seen)
+        leaf = mask_unseen(logits, seen)
         hard, gradient, p = labels_loss(_among(leaf, lesson.among), lesson.y)
         gradient = gradient * rule.betas[..., None]
         parts = hard.new_zeros(3, *hard.shape)
@@ -420,7 +424,7 @@ class Cohort:
         """Each pair's teacher: its logits `[pairs, m, classes]`, and what the labels charge it with, `[pairs, m]`."""
         if self.distillation.by_peers:
             return logits[rule.sources], hard[rule.sources]
-        averages = mask_unseen(self.predict(lesson.x)[len(self) :, :, : len(seen)], seen)
+        averages = mask_unseen(self.predict(lesson.x, len(seen))[len(self) :], seen)
         members = torch.cat([logits, averages])
         log_p = members.log_softmax(-1) + weights.to(logits).log()[:, None, None]
         served = log_p.nan_to_num(nan=UNSEEN).logsumexp(0)

@@ -169,7 +169,7 @@ class Engine:
         """
         seen, width = self._seen.cpu(), self._width
         if x.shape[0]:  # read once: all that is made of it is made on the CPU
-            logits = self.cohort.predict(self.inputs(x))[..., :width].cpu()
+            logits = self.cohort.predict(self.inputs(x), width).cpu()
         else:
             logits = torch.zeros(2 * len(self.cohort), 0, width)
         log_p = mask_unseen(logits, seen).log_softmax(-1)

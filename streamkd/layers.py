@@ -33,10 +33,24 @@ class Linear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, slots: list[Tensor], *, first: bool = False) -> None:
+        self._whole = weight, bias, slots
+        self._first = first
+        self._use(weight, bias, slots)
+
+    def _use(self, weight: Tensor, bias: Tensor | None, slots: list[Tensor]) -> None:
         self._weight, self._turned = weight, weight.transpose(1, 2)
         self._bias = None if bias is None else bias[:, None]
         self._slots = slots
-        self._first = first
+
+    def narrow(self, outputs: int) -> None:
+        """Answer by the first `outputs` alone from here on; the gradient at the weights of the others is 0."""
+        weight, bias, slots = self._whole
+        if min(outputs, weight.shape[1]) == self._weight.shape[1]:
+            return
+        for slot in slots:
+            slot[:, outputs:] = 0.0
+        kept = None if bias is None else bias[:, :outputs]
+        self._use(weight[:, :outputs], kept, [slot[:, :outputs] for slot in slots])
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Layer`; records that all peers are given alike are `[n, in]`."""

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from streamkd import layers
 from streamkd.peer import Peer
@@ -23,11 +24,14 @@ class Group(Protocol):
     features: list[Tensor | None]
     """What each member's model told in `learn` beside its logits, `[n, ...]`, with its gradient; or None."""
 
-    def predict(self, x: Tensor) -> Tensor:
-        """Answer `x` `[n, ...]`: logits `[2 * members, n, classes]`, the peers' first, then their averages'."""
+    def predict(self, x: Tensor, classes: int) -> Tensor:
+        """Answer `x` `[n, ...]`: logits `[2 * members, n, classes]`, the peers' first, then their averages'.
 
-    def learn(self, x: Tensor) -> Tensor:
-        """Answer `x` in training mode: logits `[members, n, classes]`, and be ready for `back`."""
+        Of a model's outputs these are the first; all, if there are fewer.
+        """
+
+    def learn(self, x: Tensor, classes: int) -> Tensor:
+        """Answer `x` in training mode: logits `[members, n, classes]`, likewise, and be ready for `back`."""
 
     def back(self, gradient: Tensor, hint: Tensor | None = None, *, add: bool = False) -> None:
         """Bring each member its gradient, from that at the logits of `learn`.
@@ -72,14 +76,14 @@ class Single:
         self.features: list[Tensor | None] = [None]
         self.peer = peer
 
-    def predict(self, x: Tensor) -> Tensor:
+    def predict(self, x: Tensor, classes: int) -> Tensor:
         """See `Group`."""
-        return torch.stack([self.peer.predict(x).logits, self.peer.predict_average(x).logits])
+        return torch.stack([self.peer.predict(x).logits, self.peer.predict_average(x).logits])[..., :classes]
 
-    def learn(self, x: Tensor) -> Tensor:
+    def learn(self, x: Tensor, classes: int) -> Tensor:
         """See `Group`."""
         said = self.peer.learn(x)
-        self._logits, self.features = said.logits, [said.features]
+        self._logits, self.features = said.logits[..., :classes], [said.features]
         return self._logits.detach()[None]
 
     def back(self, gradient: Tensor, hint: Tensor | None = None, *, add: bool = False) -> None:  # noqa: ARG002 - it does
@@ -170,17 +174,21 @@ class Stack:
                 made.append(layers.Elementwise(layer))
         return made
 
-    def predict(self, x: Tensor) -> Tensor:
+    def predict(self, x: Tensor, classes: int) -> Tensor:
         """See `Group`."""
-        return _through(self._everyone, x)
+        return _through(self._everyone, x, classes)[..., :classes]
 
-    def learn(self, x: Tensor) -> Tensor:
+    def learn(self, x: Tensor, classes: int) -> Tensor:
         """See `Group`."""
-        return _through(self._members, x)
+        logits = _through(self._members, x, classes)
+        self._unasked = max(0, logits.shape[-1] - classes)
+        return logits[..., :classes]
 
     def back(self, gradient: Tensor, hint: Tensor | None = None, *, add: bool = False) -> None:  # noqa: ARG002 - there are no features
         """See `Group`."""
         before = self._gradient.clone() if add else None
+        if self._unasked:
+            gradient = functional.pad(gradient, (0, self._unasked))
         for layer in reversed(self._members):
             gradient = layer.back(gradient)
         if before is not None:
@@ -227,10 +235,13 @@ class Stack:
             peer.optimize(rate)
 
     def discard(self) -> None:
-        """See `Group`: the next one is written over it."""
+        """See `Group`."""
+        self._gradient.zero_()
 
 
-def _through(made: Sequence[layers.Layer], x: Tensor) -> Tensor:
+def _through(made: Sequence[layers.Layer], x: Tensor, classes: int) -> Tensor:
+    if isinstance(made[-1], layers.Linear):
+        made[-1].narrow(classes)
     x = x.flatten(1)
     for layer in made:
         x = layer(x)

@@ -49,6 +49,25 @@ def test_a_linear_layer_is_a_product_a_peer(size: tuple[int, int, int, int], bia
 
 
 @lawful
+@given(sizes, st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_a_narrow_layer_is_the_first_columns_and_the_others_learn_nothing(
+    size: tuple[int, int, int, int], widths: list[int]
+) -> None:
+    peers, n, wide, out = size
+    x, weight, shift = numbers(peers, n, wide, seed=0), numbers(peers, out, wide, seed=1), numbers(peers, out, seed=2)
+    slots, others = ([torch.full_like(weight, 7.0), torch.full_like(shift, 7.0)] for _ in range(2))
+    whole, layer = layers.Linear(weight, shift, others), layers.Linear(weight, shift, slots)
+    for width in widths:
+        layer.narrow(width)
+        width = min(width, out)  # noqa: PLW2901 - there are no more
+        gradient = numbers(peers, n, width, seed=width)
+        assert torch.allclose(layer(x), whole(x)[..., :width])
+        back = whole.back(functional.pad(gradient, (0, out - width)))
+        assert torch.allclose(layer.back(gradient), back)
+        assert all(torch.allclose(slot, other) for slot, other in zip(slots, others, strict=True))
+
+
+@lawful
 @given(sizes, st.integers(0, 2))
 def test_layer_norm_is_torchs(size: tuple[int, int, int, int], affine: int) -> None:
     peers, n, wide, _ = size
