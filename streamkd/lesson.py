@@ -83,11 +83,16 @@ def joined(parts: Sequence[Lesson]) -> Lesson:
     parts = [part for part in parts if len(part)]
     if len(parts) == 1:
         return parts[0]
+    x = torch.cat([part.x for part in parts])
+    y = torch.cat([part.y for part in parts])
+    weights = torch.cat([part.weights for part in parts])
+    if all(part.plain for part in parts):
+        return Lesson(x, y, weights)
     count = max(len(part.views) for part in parts)
     return Lesson(
-        torch.cat([part.x for part in parts]),
-        torch.cat([part.y for part in parts]),
-        torch.cat([part.weights for part in parts]),
+        x,
+        y,
+        weights,
         _filled([part.targets for part in parts], parts, 0.0),
         _filled([part.among for part in parts], parts, True),  # noqa: FBT003 - a filling
         tuple(torch.cat([part.views[number] if part.views else part.x for part in parts]) for number in range(count)),

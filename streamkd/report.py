@@ -70,8 +70,10 @@ def score(names: Sequence[str], y: Tensor, log_p: Tensor, served: Tensor) -> Sco
         log_p: `[peers, m, classes]`, what the peers said.
         served: `[m, classes]`, probabilities.
     """
-    log_p = torch.cat([log_p, served.log()[None]])
-    return Scored((*names, SERVED), y, log_p.argmax(-1), -of_truth(log_p, y))
+    said, p, truth = log_p.numpy(), served.numpy(), (np.arange(len(y)), y.numpy())
+    answers = np.concatenate([said.argmax(-1), p.argmax(-1)[None]])
+    told = np.concatenate([said[:, *truth], np.log(np.maximum(p[truth], FLOOR))[None]])
+    return Scored((*names, SERVED), y, torch.from_numpy(answers), torch.from_numpy(-np.fmax(told, LOG_FLOOR)))
 
 
 @dataclass(frozen=True, slots=True)
