@@ -104,7 +104,7 @@ class ReplayBuffer:
         self._x: Tensor | None = None
         self._y = torch.zeros(capacity, dtype=torch.int64)
         # The same numbers, for numpy, which is the quicker one on so few.
-        self._levels, self._born = self.priorities.numpy(), self.births.numpy()
+        self._levels, self._born, self._labels = (column.numpy() for column in (self.priorities, self.births, self._y))
 
     def __len__(self) -> int:
         return self.size
@@ -135,9 +135,9 @@ class ReplayBuffer:
             kept = (slots >= 0).nonzero()[:, 0]
             slots, births, x, y = slots[kept], births[kept.numpy()], x[kept], y[kept]
         memory = torch.as_tensor(self._x)
-        memory[slots], self._y[slots] = x.to(memory), y.cpu()
-        self._born[slots.numpy()] = births
-        self._prioritise(slots.numpy(), priority)
+        places = slots.numpy()
+        memory[slots], self._labels[places], self._born[places] = x.to(memory), y.cpu().numpy(), births
+        self._prioritise(places, priority)
         self.size = min(self.added, self.capacity)
 
     def begin_with(self, state: Mapping[str, Any]) -> None:
@@ -158,7 +158,7 @@ class ReplayBuffer:
         weights = self._mass[places] ** -self.beta  # N and the sum of the masses cancel in the next line
         weights = (weights / weights.max()).astype(np.float32)
         ages = self.added - self._born[places]
-        return Memories(slots, self._x[slots], self._y[slots], torch.from_numpy(weights), torch.from_numpy(ages))
+        return Memories(slots, self._x[slots], *map(torch.from_numpy, (self._labels[places], weights, ages)))
 
     def _draw(self, n: int, window: int) -> Tensor:
         """Draw slots `[n]` of the latest `window` records, in proportion to their mass; none if they have none."""
