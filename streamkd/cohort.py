@@ -205,7 +205,7 @@ class Cohort:
         rule = self.distillation
         if not (self._plain and rule.by_peers and fits(self.groups)):
             return None
-        return Fused(cast("Stack", self.groups[0]), loss=rule.loss, gate=rule.gate, cap=rule.cap)
+        return Fused(cast("Stack", self.groups[0]), gate=rule.gate, cap=rule.cap)
 
     def _compiled(self, lesson: Lesson, teacher: int, seen: Tensor) -> Learned | None:
         """Bring every peer its gradient like `_backward`; None where this lesson is not for the compiled function."""

@@ -187,7 +187,7 @@ class Engine:
         self._seen = self.seen[: self._width].to(self.device)
 
     def _predict(self, batch: Batch) -> Answers:
-        x, y = batch.x.to(self.device), batch.y.to("cpu", torch.int64)
+        x, y = batch.x.detach().to(self.device), batch.y.to("cpu", torch.int64)
         self._check(y, batch.late.values())
         said = Answers(x, y, *self._answer(x))
         self.inputs.update(x)
@@ -304,6 +304,8 @@ class Engine:
             targets = doubted(untold.served[:, : self._width].to(self.device), self._seen, rule.doubt)
         learned = []
         for recalled in self._lessons(memories, self._effort()):
+            if not kept and not len(recalled) and untold is None:
+                break
             among = rule.stream_classes(y, self._width)
             shown = x if self.augment is None else self.inputs(self.augment(raw))
             parts = [recalled, Lesson(shown, y, _even(x), among=among, views=self._views(raw))]
@@ -445,7 +447,7 @@ class Engine:
             "pending": self.pending.state_dict(),
             "inputs": self.inputs.state_dict(),
             "transfer": self.transfer.state_dict(),
-            "seen": self.seen,
+            "seen": self.seen.clone(),
             "steps": self.steps,
             "records": self.records,
             "scored": self.scored,
@@ -465,7 +467,7 @@ class Engine:
         self.pending.load_state_dict(state["pending"])
         self.inputs.load_state_dict(state["inputs"])
         self.transfer.load_state_dict(state["transfer"])
-        self.seen = state["seen"]
+        self.seen = state["seen"].clone()
         self._look()
         self.steps, self.records = state["steps"], state["records"]
         self.scored, self.accuracy = state["scored"], state["accuracy"]
@@ -487,7 +489,7 @@ class Engine:
         if teacher in self.cohort.names:
             self.roles.teacher = self.cohort.names.index(teacher)
         self.inputs.load_state_dict(state["inputs"])
-        self.seen = state["seen"]
+        self.seen = state["seen"].clone()
         self._look()
         self.replay.begin_with(state["replay"])
 

@@ -18,7 +18,7 @@ from streamkd.errors import reason
 from streamkd.gradients import Pairs, with_gradient
 from streamkd.lesson import Lesson
 from streamkd.logits import UNSEEN
-from streamkd.losses import Loss
+from streamkd.losses import kd
 from streamkd.stack import Group, Stack, leaves
 
 ROWS = 16
@@ -32,7 +32,6 @@ class Teaching:
     """What does not change from lesson to lesson: the layers, and how students are taught."""
 
     layers: tuple[nn.Module, ...]
-    loss: Loss
     gate: str
     cap: bool
 
@@ -42,18 +41,18 @@ class Fused:
 
     Args:
         stack: of the peers.
-        loss, gate, cap: of the distillation.
+        gate, cap: of the distillation.
 
     Attributes:
         trouble: why it cannot be compiled here; empty where it can.
         update: the function below, compiled.
     """
 
-    def __init__(self, stack: Stack, *, loss: Loss, gate: str, cap: bool) -> None:
+    def __init__(self, stack: Stack, *, gate: str, cap: bool) -> None:
         self.trouble = ""
         self._stack = stack
         layers = tuple(leaves(stack.peers[0].module))
-        self._teaching = Teaching(layers, loss, gate, cap)
+        self._teaching = Teaching(layers, gate, cap)
         self._width = [layer.out_features for layer in layers if isinstance(layer, nn.Linear)][-1]
         # One thread compiles: processes that wait to compile more would stay for good.
         self.update: Callable[..., tuple[Tensor, ...]] = torch.compile(
@@ -133,9 +132,7 @@ def update(
     sound = taught.isfinite().all(-1)
     taught = torch.where(sound[..., None], taught, 0.0)
     gate = gated(teaching.gate, hard[students], hard[sources]).nan_to_num(0.0) * sound * alphas
-    loss, lesson_gradient = with_gradient(
-        teaching.loss, logits[students], taught, y, temperature=temperatures, weights=gate
-    )
+    loss, lesson_gradient = with_gradient(kd, logits[students], taught, y, temperature=temperatures, weights=gate)
     soft = torch.zeros_like(hard).index_add(0, students, gate * loss)
     divergence = torch.zeros_like(hard).index_add(0, students, portions * loss)
     soft_gradient = torch.zeros_like(logits).index_add(0, students, lesson_gradient)

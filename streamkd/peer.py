@@ -215,7 +215,8 @@ class Peer:
         self.average.load_state_dict(state["average"])
         # What the optimizer has gathered goes on; its options are those that it was made with.
         options = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": options})
+        gathered = deepcopy(state["optimizer"]["state"])  # torch would go on in the very tensors it is given
+        self.optimizer.load_state_dict({"state": gathered, "param_groups": options})
         self.skipped, self.stuck = state["skipped"], state["stuck"]
         self.rollbacks, self.restarts = state["rollbacks"], state["restarts"]
         self.taken, self.good, self.futile = state["taken"], state["good"], state["futile"]

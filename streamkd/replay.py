@@ -97,17 +97,25 @@ class ReplayBuffer:
         self.added = 0
         self.since_drift = 0
         self.ceiling = 0.0
-        self.priorities = torch.zeros(capacity)
+        # Arrays, for on so few numbers numpy is the quicker one.
+        self._priorities = np.zeros(capacity, np.float32)
         self._mass = Totals(capacity)  # priority ** alpha, in proportion to which records are drawn
         self._peaks = Totals(capacity, np.maximum)  # priorities
-        self.births = torch.zeros(capacity, dtype=torch.int64)
+        self._births, self._y = np.zeros((2, capacity), np.int64)
         self._x: Tensor | None = None
-        self._y = torch.zeros(capacity, dtype=torch.int64)
-        # The same numbers, for numpy, which is the quicker one on so few.
-        self._levels, self._born, self._labels = (column.numpy() for column in (self.priorities, self.births, self._y))
 
     def __len__(self) -> int:
         return self.size
+
+    @property
+    def priorities(self) -> Tensor:
+        """`[capacity]`."""
+        return torch.from_numpy(self._priorities)
+
+    @property
+    def births(self) -> Tensor:
+        """`[capacity]`, how many records had come before each."""
+        return torch.from_numpy(self._births)
 
     @property
     def beta(self) -> float:
@@ -136,7 +144,7 @@ class ReplayBuffer:
             slots, births, x, y = slots[kept], births[kept.numpy()], x[kept], y[kept]
         memory = torch.as_tensor(self._x)
         places = slots.numpy()
-        memory[slots], self._labels[places], self._born[places] = x.to(memory), y.cpu().numpy(), births
+        memory[slots], self._y[places], self._births[places] = x.to(memory), y.cpu().numpy(), births
         self._prioritise(places, priority)
         self.size = min(self.added, self.capacity)
 
@@ -157,8 +165,8 @@ class ReplayBuffer:
         places = slots.numpy()
         weights = self._mass[places] ** -self.beta  # N and the sum of the masses cancel in the next line
         weights = (weights / weights.max()).astype(np.float32)
-        ages = self.added - self._born[places]
-        return Memories(slots, self._x[slots], *map(torch.from_numpy, (self._labels[places], weights, ages)))
+        ages = self.added - self._births[places]
+        return Memories(slots, self._x[slots], *map(torch.from_numpy, (self._y[places], weights, ages)))
 
     def _draw(self, n: int, window: int) -> Tensor:
         """Draw slots `[n]` of the latest `window` records, in proportion to their mass; none if they have none."""
@@ -195,9 +203,9 @@ class ReplayBuffer:
         return self._peaks.total
 
     def _prioritise(self, places: Index, priorities: NDArray[np.float32] | float) -> None:
-        self._levels[places] = priorities
+        self._priorities[places] = priorities
         # Read back, for a slot that came twice has one of its two values.
-        values = self._levels[places].astype(np.float64)
+        values = self._priorities[places].astype(np.float64)
         self._peaks[places] = values
         self._mass[places] = values**self.alpha if values.all() else np.where(values > 0, values**self.alpha, 0.0)
 
@@ -225,7 +233,7 @@ class ReplayBuffer:
         """Return the memories, their priorities, the counters and the state of chance."""
         return {
             "x": None if self._x is None else self._x[: self.size].clone(),
-            "y": self._y[: self.size].clone(),
+            "y": torch.from_numpy(self._y)[: self.size].clone(),
             "priorities": self.priorities[: self.size].clone(),
             "births": self.births[: self.size].clone(),
             "added": self.added,
@@ -240,9 +248,9 @@ class ReplayBuffer:
         if state["x"] is not None:
             self._x = state["x"].new_zeros(self.capacity, *state["x"].shape[1:])
             self._x[: self.size] = state["x"]
-        self._y[: self.size] = state["y"]
+        self._y[: self.size] = state["y"].numpy()
         self._prioritise(np.arange(self.size), state["priorities"].numpy())
-        self.births[: self.size] = state["births"]
+        self._births[: self.size] = state["births"].numpy()
         self.added, self.since_drift, self.ceiling = state["added"], state["since_drift"], state["ceiling"]
         self.generator.set_state(state["generator"])
 

@@ -25,7 +25,9 @@ from runners.evaluate import evaluate
 from streamkd import LabelRates, Pool, Served
 from streamkd.batch import UNLABELLED, Batch
 from streamkd.config import build_engine
+from streamkd.gradients import Pairs, in_arrays
 from streamkd.inputs import Standardiser
+from streamkd.lesson import Lesson
 from streamkd.models import mlp
 from streamkd.report import SERVED, of_truth
 
@@ -310,6 +312,30 @@ def test_the_bare_loop_scales_and_answers_as_streamkd_does() -> None:
         answer.update(y)
         pool.update(sources, y)
         served.update(of_truth(log_p, y))
+
+
+def test_the_bare_loop_learns_the_lessons_of_streamkd() -> None:
+    chance = torch.Generator().manual_seed(3)
+    sources, students = torch.tensor([0, 0]), torch.tensor([1, 2])
+    same = torch.ones(2, 1)
+    pairs = Pairs(
+        betas=torch.ones(3, 1),
+        teach=True,
+        sources=sources,
+        students=students,
+        alphas=by_hand.ALPHA * same,
+        portions=same,
+        temperatures=by_hand.TEMPERATURE * same,
+        dealt=torch.eye(3)[:, 1:],
+    )
+    for _ in range(10):
+        logits, y = 3 * torch.randn(3, 8, 4, generator=chance), torch.randint(0, 4, (8,), generator=chance)
+        what = Lesson(torch.zeros(8, 1), y, torch.ones(8))
+        told = in_arrays(logits, torch.ones(4, dtype=torch.bool), what, pairs, gate="better", cap=True)
+        assert told is not None
+        hard, gradient = by_hand.lesson(logits, y)
+        assert torch.allclose(hard, told[0][0], atol=1e-5)
+        assert torch.allclose(gradient, told[1], atol=1e-5)
 
 
 def test_ratios_are_taken_round_by_round() -> None:

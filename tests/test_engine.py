@@ -1,3 +1,4 @@
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from streamkd import (
     checkpoint,
 )
 from streamkd.drift import never
+from streamkd.inputs import Raw
 from streamkd.logits import mask_unseen
 from streamkd.models import mlp
 
@@ -292,6 +294,38 @@ def test_what_was_answered_is_counted_where_no_label_will_come() -> None:
         before = checkpoint.digest(pool.state_dict())
         made.step(hidden(stream[20], slice(None), ids=ids))
         assert (checkpoint.digest(pool.state_dict()) != before) is counted
+
+
+def test_where_nothing_of_a_batch_can_be_learned_it_is_told_and_learning_goes_on() -> None:
+    made = engine(replay=ReplayBuffer(0), inputs=Raw())
+    report = made.step(Batch(torch.full((4, 5), 3e38), torch.zeros(4, dtype=torch.int64)))
+    assert [fault.row for fault in report.faults] == [0, 1, 2, 3]
+    assert report.trained == 0
+    x, y = world(16)
+    assert made.step(Batch(x, y)).trained == 16
+
+
+def test_two_engines_of_one_state_go_their_own_ways() -> None:
+    made, feed = engine(), batches(640)
+    for batch in feed[:20]:
+        made.step(replace(batch, y=batch.y.clamp(max=1)))
+    state = made.state_dict()
+    before = deepcopy(state["cohort"]["peers"]["b"]["optimizer"])
+    one, other = engine(), engine()
+    for each in (one, other):
+        each.load_state_dict(state)
+    for batch in feed[20:]:  # a class is met that the state knows nothing of
+        one.step(batch)
+    assert int(state["seen"].sum()) == 2
+    after = state["cohort"]["peers"]["b"]["optimizer"]
+    for number, gathered in before["state"].items():
+        assert all(torch.equal(value, after["state"][number][name]) for name, value in gathered.items())
+    assert other.step(feed[20]).classes == 3
+
+
+def test_inputs_that_carry_a_gradient_are_taken_as_they_are() -> None:
+    x, y = world(16)
+    assert engine().step(Batch(x.requires_grad_(), y)).trained == 16
 
 
 def test_what_is_taught_brings_the_peers_together() -> None:

@@ -1,3 +1,4 @@
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -215,6 +216,19 @@ def test_a_restored_memory_draws_what_it_would_have_drawn(evict: Evict, before: 
         for name in ("slots", "x", "y", "weights", "ages"):
             assert torch.equal(getattr(one, name), getattr(other, name))
     assert buffer.beta == restored.beta
+
+
+def test_a_copy_of_a_memory_is_its_own_and_does_the_same() -> None:
+    buffer = filled(30, seed=12)
+    copied = deepcopy(buffer)
+    for each in (buffer, copied):
+        drawn = each.sample(12)
+        each.update(drawn.slots, drawn.y.float())
+    one, other = buffer.state_dict(), copied.state_dict()
+    assert all(torch.equal(torch.as_tensor(one[name]), torch.as_tensor(other[name])) for name in one)
+    assert torch.equal(buffer.priorities, copied.priorities)
+    buffer.bar(torch.tensor([0]))
+    assert float(copied.priorities[0]) > 0
 
 
 def test_images_come_back_as_they_were_stored() -> None:

@@ -168,22 +168,25 @@ class Networks:
 
     def _update(self, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
         logits = self.learners.learn(x)
-        leaf = logits.detach()
-        log_p = leaf.log_softmax(-1)
-        index = y.expand(len(leaf), -1)[..., None]
-        hard = -log_p.gather(-1, index)[..., 0]
-        gradient = log_p.exp().scatter_add(-1, index, torch.full(index.shape, -1.0))
-        students = leaf[1:].requires_grad_()
-        teacher = (leaf[:1] / TEMPERATURE).log_softmax(-1)
-        student = (students / TEMPERATURE).log_softmax(-1)
-        kd = functional.kl_div(student, teacher.expand_as(student), reduction="none", log_target=True)
-        taught = ALPHA * TEMPERATURE**2 * (hard[:1] < hard[1:]) * kd.sum(-1)
-        (soft,) = torch.autograd.grad(taught.sum(), students)
-        room = gradient[1:].norm(dim=-1) / soft.norm(dim=-1).clamp(min=1e-12)
-        gradient[1:] += soft * room.clamp(max=1.0)[..., None]
+        hard, gradient = lesson(logits.detach(), y)
         logits.backward(gradient * weights[:, None])  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.learners.step()
         return hard.mean(0)
+
+
+@torch.no_grad()
+def lesson(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the hard losses `[peers, m]`, and the gradient at the logits, of which that of distillation is capped."""
+    log_p = logits.log_softmax(-1)
+    index = y.expand(len(logits), -1)[..., None]
+    hard = -log_p.gather(-1, index)[..., 0]
+    gradient = log_p.exp().scatter_add(-1, index, torch.full(index.shape, -1.0))
+    p = (logits / TEMPERATURE).log_softmax(-1).exp()
+    gate = hard[:1] < hard[1:]
+    taught = (p[1:] - p[:1]) * (ALPHA * TEMPERATURE * gate)[..., None]
+    room = gradient[1:].norm(dim=-1) / taught.norm(dim=-1).clamp(min=1e-12)
+    gradient[1:] += taught * room.clamp(max=1.0)[..., None]
+    return hard, gradient
 
 
 class ByHand(Networks):
