@@ -22,9 +22,7 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from monitoring.health import STATES
-from streamkd.peer import Peer
-from streamkd.report import SERVED, PeerReport, Report
-from streamkd.river_peer import RiverPeer
+from streamkd.report import SERVED, Report
 
 PHASES = ("predict", "score", "adapt", "recall", "learn", "remember", "checkpoint")
 SWAP_REASONS = ("drift", "periodic")
@@ -220,16 +218,19 @@ class Metrics:
         self._joined, self._expired = report.joined, report.expired
 
     def _observe_peers(self, report: Report) -> None:
-        for name, peer in report.peers.items():
-            for action, count in unsound(peer).items():
+        for name, counts in report.unsound.items():
+            for action, count in counts.items():
                 if more := count - self._unsound.get((name, action), 0):
                     self._nonfinite[name, action].inc(more)
                     self._unsound[name, action] = count
-            if report.trained:
-                _observe(self._norm[name], peer.gradient_norm)
-                _observe(self._divergence[name], peer.divergence)
-                for component in ("hard", "soft", "total"):
-                    _observe(self._loss[name, component], getattr(peer, component))
+        if not report.trained:
+            return
+        for name, (*parts, norm) in zip(report.peers, report.means.T.tolist(), strict=True):
+            hard, soft, divergence, total = parts
+            _observe(self._norm[name], norm)
+            _observe(self._divergence[name], divergence)
+            for component, value in (("hard", hard), ("soft", soft), ("total", total)):
+                _observe(self._loss[name, component], value)
 
     def _show(self, peers: Sequence[str], sources: Sequence[tuple[str, str]]) -> None:
         """Let what changes with every batch be read off the last report whenever somebody asks."""
@@ -324,11 +325,6 @@ class Metrics:
         """
         self._restores[result].inc()
         self._unsound, self._joined, self._expired = dict(unsound), joined, expired
-
-
-def unsound(peer: PeerReport | Peer | RiverPeer) -> dict[str, int]:
-    """Return how often a peer had no finite gradient and what was done about it, so far."""
-    return {"skipped": peer.skipped, "rolled_back": peer.rollbacks, "restarted": peer.restarts}
 
 
 def _of_peer(report: Report, *, name: str, field: str) -> float:

@@ -14,7 +14,7 @@ from structlog.stdlib import BoundLogger
 
 from monitoring.delays import LabelDelays
 from monitoring.health import Health
-from monitoring.metrics import Metrics, unsound
+from monitoring.metrics import Metrics
 from monitoring.server import Server
 from runners import logs
 from runners.feeds import REASONS, RESETS, STAGES
@@ -66,7 +66,7 @@ class Daemon:
         self._last_line = 0
         self._latest: Report | None = None
         self._told = 0.0
-        self._unsound: dict[str, dict[str, int]] = {}
+        self._unsound: dict[str, Mapping[str, int]] = {}
         self._resets: dict[str, int] = {}
         self.on_listening: Callable[[int], None] = lambda _: None
         engine, watch = running.engine, running.engine.drift
@@ -226,8 +226,7 @@ class Daemon:
     def _tell_of_unsound(self, report: Report) -> None:
         if report.faults:
             self._log.warning("records not learned", records=len(report.faults), reason="an update is not finite")
-        for name, peer in report.peers.items():
-            counts = unsound(peer)
+        for name, counts in report.unsound.items():
             for action, before in self._unsound.get(name, counts).items():
                 if counts[action] > before:
                     self._log.warning(f"steps not finite: {action}", peer=name, so_far=counts[action])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from structlog.stdlib import BoundLogger
 
-from monitoring.metrics import Metrics, unsound
+from monitoring.metrics import Metrics
 from runners import session, warm_start
 from runners.dead_letters import can_be_written
 from runners.history import known
@@ -23,6 +23,7 @@ from runners.settings import Configuration
 from streamkd import checkpoint
 from streamkd.engine import Engine
 from streamkd.errors import CheckpointError, ConfigError, DamagedError, one_screen, reason, short
+from streamkd.report import unsound
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,6 +27,7 @@ from streamkd.replay import Memories, Recall, ReplayBuffer
 from streamkd.report import (
     DriftReport,
     Fault,
+    Later,
     PeerReport,
     ReplayReport,
     Report,
@@ -33,11 +35,12 @@ from streamkd.report import (
     SwapReport,
     of_truth,
     score,
+    unsound,
 )
 from streamkd.river_peer import RiverPeer
 from streamkd.roles import Election, Swap
 from streamkd.served import Served
-from streamkd.transfer import TransferEfficiency
+from streamkd.transfer import TransferEfficiency, efficiencies
 from streamkd.untold import doubted, interpolated
 
 
@@ -373,6 +376,7 @@ class Engine:
     ) -> Report:
         cohort, names = self.cohort, self.cohort.names
         stepped = any(isfinite(norm) for result in learned for norm in result.norms)
+        means = sum((one.means for one in learned), np.zeros((5, len(cohort)))) / max(1, len(learned))
         return Report(
             step=self.steps,
             updates=cohort.updates,
@@ -390,7 +394,9 @@ class Engine:
             taught=taught,
             scored=scored,
             teacher=names[self.roles.teacher],
-            peers=self._peer_reports(learned),
+            peers=self._peer_reports(means),
+            means=means,
+            unsound={peer.name: unsound(peer) for peer in cohort.peers},
             alphas={(cohort.source_name(i), names[j]): value for (i, j), value in cohort.alphas.items()},
             agreed=sum(one.agreed for one in learned),
             compared=sum(one.compared for one in learned),
@@ -409,31 +415,40 @@ class Engine:
             seconds=self._seconds,
         )
 
-    def _peer_reports(self, learned: list[Learned]) -> dict[str, PeerReport]:
-        cohort, size = self.cohort, len(self.cohort)
-        told = (sum((one.means for one in learned), np.zeros((5, size))) / max(1, len(learned))).tolist()
-        weights = self.served.weights.view(2, size).sum(0).tolist()
-        transferred = self.transfer.values
-        capacity = cohort.capacities[self.roles.teacher]
-        return {
-            peer.name: PeerReport(
-                weight=weights[i],
-                loss=cohort.losses[i],
-                accuracy=cohort.accuracies[i],
-                temperature=cohort.softness[i],
-                hard=hard,
-                soft=soft,
-                total=total,
-                divergence=divergence,
-                gradient_norm=norm,
-                skipped=peer.skipped,
-                rollbacks=peer.rollbacks,
-                restarts=peer.restarts,
-                capacity_ratio=cohort.capacities[i] / capacity if cohort.capacities[i] and capacity else nan,
-                transfer_efficiency=transferred[i],
-            )
-            for i, (peer, hard, soft, divergence, total, norm) in enumerate(zip(cohort.peers, *told, strict=True))
-        }
+    def _peer_reports(self, means: NDArray[np.float64]) -> Later:
+        # All of these are replaced when they change, so what is here now is here for good.
+        cohort, size, tables, weights = self.cohort, len(self.cohort), self.transfer.tables, self.served.weights
+        losses, accuracies, softness = cohort.losses, cohort.accuracies, cohort.softness
+        capacities, teacher = cohort.capacities, self.roles.teacher
+        counts = [(peer.skipped, peer.rollbacks, peer.restarts) for peer in cohort.peers]
+
+        def work_out() -> list[PeerReport]:
+            shares = weights.view(2, size).sum(0).tolist()
+            transferred = efficiencies(tables)
+            capacity = capacities[teacher]
+            return [
+                PeerReport(
+                    weight=shares[i],
+                    loss=losses[i],
+                    accuracy=accuracies[i],
+                    temperature=softness[i],
+                    hard=hard,
+                    soft=soft,
+                    total=total,
+                    divergence=divergence,
+                    gradient_norm=norm,
+                    skipped=skipped,
+                    rollbacks=rollbacks,
+                    restarts=restarts,
+                    capacity_ratio=capacities[i] / capacity if capacities[i] and capacity else nan,
+                    transfer_efficiency=transferred[i],
+                )
+                for i, ((skipped, rollbacks, restarts), (hard, soft, divergence, total, norm)) in enumerate(
+                    zip(counts, means.T.tolist(), strict=True)
+                )
+            ]
+
+        return Later(cohort.names, work_out)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state that determines the future, as plain values and tensors."""

@@ -1,12 +1,14 @@
 """What happened on one batch, frozen and complete: the only thing that the eyes ever see."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from math import isfinite, log
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 SERVED = "served"
@@ -111,6 +113,55 @@ class PeerReport:
     transfer_efficiency: float
 
 
+class Unsound(Protocol):
+    """What has counted how often it had no finite gradient, and what was done about it."""
+
+    @property
+    def skipped(self) -> int:
+        """Steps not taken."""
+
+    @property
+    def rollbacks(self) -> int:
+        """How often it was put back to its last good weights."""
+
+    @property
+    def restarts(self) -> int:
+        """How often it began anew."""
+
+
+def unsound(peer: Unsound) -> dict[str, int]:
+    """Return how often a peer had no finite gradient and what was done about it, so far."""
+    return {"skipped": peer.skipped, "rolled_back": peer.rollbacks, "restarted": peer.restarts}
+
+
+class Later(Mapping[str, PeerReport]):
+    """Reports of peers by name, worked out when somebody first asks for one: after most batches nobody does.
+
+    Args:
+        names: of the peers.
+        work_out: returns their reports; it may look at nothing that changes.
+    """
+
+    def __init__(self, names: Sequence[str], work_out: Callable[[], Sequence[PeerReport]]) -> None:
+        self._names = names
+        self._work_out = work_out
+
+    @cached_property
+    def _reports(self) -> dict[str, PeerReport]:
+        return dict(zip(self._names, self._work_out(), strict=True))
+
+    def __getitem__(self, name: str) -> PeerReport:
+        """Return the report of a peer."""
+        return self._reports[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @dataclass(frozen=True, slots=True)
 class DriftReport:
     """An alarm.
@@ -183,6 +234,8 @@ class Report:
         taught: records of the batch, without a label for good, that were learned from the served answer.
         scored: the prequential score.
         teacher: name of the peer in office.
+        means: `[5, peers]`, what the updates of the batch came to, see `Learned.means`; zeros if there were none.
+        unsound: name of a peer -> how often it was skipped, rolled back and restarted, so far.
         alphas: (teacher, student) -> weight of the distillation.
         agreed, compared: pairs of peers that gave the same answer, of the pairs compared.
         pending, joined, expired: records waiting for labels now; labels that came late and that never came, so far.
@@ -206,6 +259,8 @@ class Report:
     scored: Scored
     teacher: str
     peers: Mapping[str, PeerReport]
+    means: NDArray[np.float64]
+    unsound: Mapping[str, Mapping[str, int]]
     alphas: Mapping[tuple[str, str], float]
     agreed: int
     compared: int

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 TINY = 1e-6
@@ -42,18 +43,8 @@ class TransferEfficiency:
 
     @property
     def values(self) -> list[float]:
-        """One a peer, between 0 and 1; the teacher's own is 1 where its answers vary."""
-        cells, rows, columns = self.tables.reshape(len(self.tables), -1), self.tables.sum(2), self.tables.sum(1)
-        counts = np.concatenate([cells, rows, columns], 1)
-        terms = counts * np.log(np.maximum(counts, 1e-300))
-        ends = (0, cells.shape[1], cells.shape[1] + rows.shape[1])
-        # With n counts in all, an entropy is ln n - (sum of count ln count) / n.
-        total = np.maximum(rows.sum(1), 1e-300)
-        both, teachers, students = np.log(total) - (np.add.reduceat(terms, ends, 1) / total[:, None]).T
-        return [
-            min(1.0, max(0.0, (one + other - joint) / one)) if one > TINY else 0.0
-            for joint, one, other in zip(both.tolist(), teachers.tolist(), students.tolist(), strict=True)
-        ]
+        """See `efficiencies`."""
+        return efficiencies(self.tables)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the table."""
@@ -62,3 +53,21 @@ class TransferEfficiency:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
         self.tables, self.teacher = state["tables"].numpy(), state["teacher"]
+
+
+def efficiencies(tables: NDArray[np.float64]) -> list[float]:
+    """Return eta of each table `[peers, teacher's answer, student's answer]`, between 0 and 1.
+
+    The teacher's own is 1 where its answers vary.
+    """
+    cells, rows, columns = tables.reshape(len(tables), -1), tables.sum(2), tables.sum(1)
+    counts = np.concatenate([cells, rows, columns], 1)
+    terms = counts * np.log(np.maximum(counts, 1e-300))
+    ends = (0, cells.shape[1], cells.shape[1] + rows.shape[1])
+    # With n counts in all, an entropy is ln n - (sum of count ln count) / n.
+    total = np.maximum(rows.sum(1), 1e-300)
+    both, teachers, students = np.log(total) - (np.add.reduceat(terms, ends, 1) / total[:, None]).T
+    return [
+        min(1.0, max(0.0, (one + other - joint) / one)) if one > TINY else 0.0
+        for joint, one, other in zip(both.tolist(), teachers.tolist(), students.tolist(), strict=True)
+    ]

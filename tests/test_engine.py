@@ -305,6 +305,16 @@ def test_where_nothing_of_a_batch_can_be_learned_it_is_told_and_learning_goes_on
     assert made.step(Batch(x, y)).trained == 16
 
 
+def test_a_report_that_is_read_later_tells_what_was_then() -> None:
+    told = []
+    for kept in (dict, lambda peers: peers):
+        torch.manual_seed(0)
+        made = lively()
+        told.append([kept(made.step(batch).peers) for batch in batches(640)])
+    for at_once, later in zip(*told, strict=True):
+        assert str(dict(later)) == str(at_once)  # where a NaN is like another
+
+
 def test_two_engines_of_one_state_go_their_own_ways() -> None:
     made, feed = engine(), batches(640)
     for batch in feed[:20]:
