@@ -14,7 +14,7 @@ from pydantic import Field
 from runners.feeds import Refuse
 from runners.feeds.formats import decoder, imported
 from runners.feeds.spool import MOST_BYTES, Spool
-from runners.feeds.spooled import Arrivals, Spooled, as_line, from_line
+from runners.feeds.spooled import QUIET_SECONDS, Arrivals, Spooled, as_line, from_line
 from runners.feeds.stream import StreamFeed, UnreachableError, open_stream, reading
 from runners.passwords import from_environment
 from streamkd.errors import ConfigError
@@ -25,6 +25,8 @@ LONGEST_SESSION = 0xFFFFFFFF
 """Seconds, which stand for good."""
 AT_ONCE = 100
 """Messages that the broker may send before the first of them is acknowledged; many allow fewer."""
+END_SECONDS = 3.0
+"""Without a message, after which a feed that does not wait for more has come to its end."""
 FULL_SECONDS = 0.1
 """Between two attempts to write to a spool or a disk that is full."""
 PORTS = {"mqtt": 1883, "mqtts": 8883}
@@ -41,6 +43,7 @@ class Subscription:
         topic: a filter; wildcards are MQTT's.
         session: its name; only one client may have it.
         user, password, tls: for the broker; empty: none.
+        quiet: seconds after which the broker is taken to have no more; it does not tell.
     """
 
     def __init__(
@@ -53,13 +56,14 @@ class Subscription:
         user: str = "",
         password: str = "",
         tls: bool = False,
+        quiet: float = QUIET_SECONDS,
     ) -> None:
         self.ended = False
         self._mqtt = imported("paho.mqtt.client", "mqtt", "feed.kind = 'mqtt'")
         self._where, self._topic = (host, port), topic
         self._make: Callable[[], Any] = lambda: self._client_for(session, user, password, tls=tls)
         self._client: Any = None
-        self._arrivals = Arrivals()
+        self._arrivals = Arrivals(quiet)
         self._waiting: SimpleQueue[Any] = SimpleQueue()
         self._writer: Thread | None = None
         self._let_in, self._closing = Event(), Event()
@@ -202,6 +206,8 @@ def mqtt(
 ) -> StreamFeed:
     """Read a topic of an MQTT broker that speaks version 5.
 
+    A broker does not tell how much it has: with `follow = false` the feed ends when nothing has come for 3 seconds.
+
     Args:
         topic: a filter; `+` and `#` are wildcards.
         spool: a folder in which messages are kept until they are in a checkpoint.
@@ -232,6 +238,7 @@ def mqtt(
         user=user or unquote(parts.username or ""),
         password=from_environment(password_env, "feed.password_env") or unquote(parts.password or ""),
         tls=parts.scheme == "mqtts",
+        quiet=QUIET_SECONDS if settings.follow else END_SECONDS,
     )
     return open_stream(
         Spooled(subscription, Spool(spool, spool_bytes, whole=True), from_line),

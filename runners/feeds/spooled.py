@@ -13,7 +13,7 @@ from runners.feeds.spool import Spool
 from runners.feeds.stream import Message, Place, PositionLostError, Start
 
 QUIET_SECONDS = 0.2
-"""After which nothing more is taken to be under way."""
+"""After which nothing more is taken to be under way just now."""
 
 
 class Inlet(Protocol):
@@ -108,9 +108,14 @@ class Spooled:
 
 
 class Arrivals:
-    """Tells the reader of a spool that something was written to it, by another thread."""
+    """Tells the reader of a spool that something was written to it, by another thread.
 
-    def __init__(self) -> None:
+    Args:
+        quiet: seconds after which nothing more is taken to be under way.
+    """
+
+    def __init__(self, quiet: float = QUIET_SECONDS) -> None:
+        self._quiet = quiet
         self._changed = Condition()
         self._count, self._heard = 0, 0
         self._latest = 0.0
@@ -126,7 +131,7 @@ class Arrivals:
         """Say whether anything has come since the last call; wait for it only while things are coming."""
         with self._changed:
             while self._count == self._heard:
-                left = self._latest + QUIET_SECONDS - time.monotonic()
+                left = self._latest + self._quiet - time.monotonic()
                 if left <= 0:
                     return False
                 self._changed.wait(left)
