@@ -30,6 +30,7 @@ OwnSeeds = Annotated[
     tuple[int, ...], Parameter(consume_multiple=True, negative="", show_default=False, help="One pass for each.")
 ]
 Count = Annotated[int, Parameter(validator=Number(gte=0))]
+Some = Annotated[int, Parameter(validator=Number(gte=1))]
 Records = Annotated[int | None, Parameter(validator=Number(gte=1), help="End each stream after as many.")]
 Json = Annotated[
     str | None, Parameter(allow_leading_hyphen=True, help="Write the figures there; - is standard output.")
@@ -308,7 +309,7 @@ def dashboards(directory: Path) -> None:
 
 
 @bench.command
-def kill(*configurations: str, kills: int = 100, seed: int = 0) -> None:
+def kill(*configurations: str, kills: Some = 100, seed: int = 0) -> None:
     """Kill runs with SIGKILL, half of them inside a save, resume them, and compare where they end.
 
     Parameters
@@ -328,7 +329,7 @@ def kill(*configurations: str, kills: int = 100, seed: int = 0) -> None:
 
 
 @bench.command
-def soak(*, records: int = 1_000_000, batch: int = 16) -> None:
+def soak(*, records: Some = 1_000_000, batch: Some = 16) -> None:
     """Learn a long stream with the whole daemon; say whether memory and time a step stay flat.
 
     Parameters
@@ -345,7 +346,7 @@ def soak(*, records: int = 1_000_000, batch: int = 16) -> None:
     runner(records, batch, Console())
 
 
-Rounds = Annotated[int, Parameter(help="Turns of each; the medians are over these.")]
+Rounds = Annotated[int, Parameter(validator=Number(gte=1), help="Turns of each; the medians are over these.")]
 
 
 @bench.command
@@ -404,7 +405,9 @@ def ablation(
     records: Records = None,
     json: Json = None,
     plot: Annotated[Path | None, Parameter(help="Draw the differences from the default there.")] = None,
-    jobs: Annotated[int | None, Parameter(help="Processes at once; the number of cores, unless set.")] = None,
+    jobs: Annotated[
+        int | None, Parameter(validator=Number(gte=1), help="Processes at once; the number of cores, unless set.")
+    ] = None,
 ) -> None:
     """Switch every mechanism of the default off, one at a time and from the bottom up, and say what it costs.
 
@@ -489,7 +492,7 @@ def feeds(
     data: Path,
     *,
     label: Annotated[str, Parameter(help="Column that holds the labels.")],
-    passes: int = 3,
+    passes: Some = 3,
     url: Annotated[str, Parameter(help="Of a Redis server; one is started, unless it is given.")] = "",
 ) -> None:
     """Learn a table from its file, and from Redis while it is being published there; print how fast.

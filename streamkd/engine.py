@@ -376,6 +376,7 @@ class Engine:
     ) -> Report:
         cohort, names = self.cohort, self.cohort.names
         stepped = any(isfinite(norm) for result in learned for norm in result.norms)
+        counts = {peer.name: unsound(peer) for peer in cohort.peers}
         means = sum((one.means for one in learned), np.zeros((5, len(cohort)))) / max(1, len(learned))
         return Report(
             step=self.steps,
@@ -394,9 +395,9 @@ class Engine:
             taught=taught,
             scored=scored,
             teacher=names[self.roles.teacher],
-            peers=self._peer_reports(means),
+            peers=self._peer_reports(means, counts),
             means=means,
-            unsound={peer.name: unsound(peer) for peer in cohort.peers},
+            unsound=counts,
             alphas={(cohort.source_name(i), names[j]): value for (i, j), value in cohort.alphas.items()},
             agreed=sum(one.agreed for one in learned),
             compared=sum(one.compared for one in learned),
@@ -415,12 +416,11 @@ class Engine:
             seconds=self._seconds,
         )
 
-    def _peer_reports(self, means: NDArray[np.float64]) -> Later:
+    def _peer_reports(self, means: NDArray[np.float64], counts: Mapping[str, Mapping[str, int]]) -> Later:
         # All of these are replaced when they change, so what is here now is here for good.
         cohort, size, tables, weights = self.cohort, len(self.cohort), self.transfer.tables, self.served.weights
         losses, accuracies, softness = cohort.losses, cohort.accuracies, cohort.softness
         capacities, teacher = cohort.capacities, self.roles.teacher
-        counts = [(peer.skipped, peer.rollbacks, peer.restarts) for peer in cohort.peers]
 
         def work_out() -> list[PeerReport]:
             shares = weights.view(2, size).sum(0).tolist()
@@ -437,14 +437,14 @@ class Engine:
                     total=total,
                     divergence=divergence,
                     gradient_norm=norm,
-                    skipped=skipped,
-                    rollbacks=rollbacks,
-                    restarts=restarts,
+                    skipped=count["skipped"],
+                    rollbacks=count["rolled_back"],
+                    restarts=count["restarted"],
                     capacity_ratio=capacities[i] / capacity if capacities[i] and capacity else nan,
                     transfer_efficiency=transferred[i],
                 )
-                for i, ((skipped, rollbacks, restarts), (hard, soft, divergence, total, norm)) in enumerate(
-                    zip(counts, means.T.tolist(), strict=True)
+                for i, (count, (hard, soft, divergence, total, norm)) in enumerate(
+                    zip(counts.values(), means.T.tolist(), strict=True)
                 )
             ]
 

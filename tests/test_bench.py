@@ -282,6 +282,28 @@ def test_a_file_that_is_not_there_or_cannot_be_written_ends_with_two_or_three(
     assert "Traceback" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("overhead", "--rounds", "0"),
+        ("replay", "--rounds", "-1"),
+        ("scale", "--rounds", "0"),
+        ("kill", "default", "--kills", "-1"),
+        ("soak", "--records", "0"),
+        ("soak", "--batch", "0"),
+        ("ablation", "--jobs", "0"),
+        ("feeds", "d.csv", "--label", "y", "--passes", "0"),
+    ],
+)
+def test_to_do_nothing_is_refused_before_anything_is_done(
+    asked: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert streamkd(monkeypatch, "bench", *asked) == 2
+    said = capsys.readouterr().err
+    assert asked[-2] in said
+    assert "Traceback" not in said
+
+
 def test_the_loops_by_hand_compute_the_same_together_and_one_by_one() -> None:
     models = [mlp((4,), 3, widths=(6, 5), layer_norm=True) for _ in range(3)]
     together, apart = (kind(models, (0.3, 0.1, 0.03)) for kind in (by_hand.Stacked, by_hand.Separate))
