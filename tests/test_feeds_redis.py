@@ -200,7 +200,7 @@ def test_a_position_that_was_lost_while_nothing_ran_is_told(broker: Broker, tabl
         entry = told(daemon, "position lost")
         assert (entry["reason"], entry["so_far"], entry["level"]) == ("trimmed", 1, "warning")
         wanted = 'streamkd_feed_position_resets_total{feed="redis",reason="trimmed"} 1.0'
-        assert wanted in fetched(port, "/metrics")[1]
+        assert waited(lambda: wanted in fetched(port, "/metrics")[1])
 
 
 @pytest.mark.parametrize(

@@ -81,12 +81,12 @@ def test_a_reload_takes_over_all_that_changed_or_nothing() -> None:
         file.write_text(default.replace("every_records = 10_000", "every_records = 500"), encoding="utf-8")
         daemon.send_signal(signal.SIGHUP)
         assert told(daemon, "reloaded")["changed"] == {"checkpoint.every_records": 500}
-        assert "streamkd_config_last_reload_successful 1.0" in fetched(port, "/metrics")[1]
+        assert waited(lambda: "streamkd_config_last_reload_successful 1.0" in fetched(port, "/metrics")[1])
         both = default.replace("every_records = 10_000", "every_records = 700").replace("batch = 16", "batch = 8")
         file.write_text(both, encoding="utf-8")
         daemon.send_signal(signal.SIGHUP)
         assert "batch: cannot change while the process runs" in told(daemon, "reload refused")["reason"]
-        assert "streamkd_config_last_reload_successful 0.0" in fetched(port, "/metrics")[1]
+        assert waited(lambda: "streamkd_config_last_reload_successful 0.0" in fetched(port, "/metrics")[1])
         at = [0]
         for more in (rows[400:512], rows[512:1_190]):  # the next when the save is done: until then, no other begins
             with Path("d.csv").open("a", encoding="utf-8") as growing:
