@@ -33,8 +33,8 @@ def costs_nothing(broker: Broker, feed: Sequence[str], publish: Callable[[], Non
         broker.stop()
         try:
             told(daemon, "feed disconnected")
-            status, checks = fetched(port, "/readyz")
-            assert status == 503
+            assert waited(lambda: fetched(port, "/readyz")[0] == 503)
+            checks = fetched(port, "/readyz")[1]
             assert json.loads(checks)["checks"]["feed_connected"] is False
             assert fetched(port, "/healthz")[0] == 200
             time.sleep(SECONDS)
