@@ -1,9 +1,11 @@
 """Reports as Prometheus metrics. Names here are promises: dashboards, alerts and scripts hang on them."""
 
-import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import chain, product
+from threading import Lock
 
 import numpy as np
 import torch
@@ -14,17 +16,22 @@ from prometheus_client import (
     Gauge,
     GCCollector,
     Histogram,
+    Metric,
     ProcessCollector,
-    Summary,
     disable_created_metrics,
 )
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import HistogramMetricFamily, SummaryMetricFamily
 from prometheus_client.registry import Collector
+from torch import Tensor
 
 from monitoring.health import STATES
-from streamkd.report import SERVED, Report
+from streamkd.lesson import Learned, agreement, means
+from streamkd.report import SERVED, Report, Scored
 
+MOST_WAITING = 64
+"""Reports that wait to be added up."""
 PHASES = ("predict", "score", "adapt", "recall", "learn", "remember", "checkpoint")
+PARTS = ("hard", "soft", "total")
 SWAP_REASONS = ("drift", "periodic")
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0)
 RECORDS = (1, 4, 16, 64, 256, 1024, 4096)
@@ -65,20 +72,17 @@ class Metrics:
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client leaves it untyped
         self.registry = CollectorRegistry()
+        self._waiting = Waiting(self._take_in, self.registry)
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
-        self._define()
+        self._define(peers)
         self.build.labels(version=version, python=platform.python_version(), torch=torch.__version__).set(1)
         self.reloaded.set(1)
         answering = [*peers, SERVED]
-        self._evaluated = {name: self.evaluated.labels(peer=name) for name in answering}
-        self._correct = {name: self.correct.labels(peer=name) for name in answering}
-        parts = ("hard", "soft", "total")
-        self._loss = {(p, c): self.loss.labels(peer=p, component=c) for p in peers for c in parts}
-        self._norm = {name: self.gradient_norm.labels(peer=name) for name in peers}
+        self._evaluated = [self.evaluated.labels(peer=name) for name in answering]
+        self._correct = [self.correct.labels(peer=name) for name in answering]
         actions = ("skipped", "rolled_back", "restarted")
         self._nonfinite = {(p, a): self.nonfinite.labels(peer=p, action=a) for p in peers for a in actions}
-        self._divergence = {name: self.divergence.labels(student=name) for name in peers}
         self._last: Report | None = None
         self._show(peers, sources)
         self._swaps = {reason: self.swaps.labels(reason=reason) for reason in SWAP_REASONS}
@@ -111,15 +115,16 @@ class Metrics:
         self._seen_resets: dict[str, int] = {}
         self._seen_failed: dict[str, int] = {}
 
-    def _define(self) -> None:
+    def _define(self, peers: Sequence[str]) -> None:  # noqa: PLR0915 - a list, one statement a metric
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"streamkd_{name}", text, labels, registry=self.registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"streamkd_{name}", text, labels, registry=self.registry)
 
-        def summary(name: str, text: str, *labels: str) -> Summary:
-            return Summary(f"streamkd_{name}", text, labels, registry=self.registry)
+        def summary(name: str, text: str, peer: str, *parts: str) -> BulkSummary:
+            series = [(own, *part) for part in product(*[PARTS] * len(parts)) for own in peers]
+            return BulkSummary(f"streamkd_{name}", text, (peer, *parts), series, self.registry)
 
         def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
             return Histogram(f"streamkd_{name}", text, labels, buckets=buckets, registry=self.registry)
@@ -194,15 +199,10 @@ class Metrics:
         self.trained.inc(report.trained)
         self.taught.inc(report.taught)
         self.batch_records.observe(report.size)
-        self.compared.inc(report.compared)
-        self.agreed.inc(report.agreed)
         for phase, seconds in report.seconds.items():
             self._phase[phase].observe(seconds)
-        for name, correct in report.scored.correct.items():
-            self._evaluated[name].inc(len(report.scored.y))
-            self._correct[name].inc(correct)
         self._last = report
-        self._observe_peers(report)
+        self._observe_unsound(report)
         if report.drift:
             self._drifts.inc(len(report.drift))
             self._last_drift.set(now)
@@ -210,27 +210,40 @@ class Metrics:
             self._swaps[report.swap.reason].inc()
         self.replay_size.set(report.replay.size)
         self.replay_capacity.set(report.replay.capacity)
-        self.replay_priority.observe(report.replay.priorities.numpy())
-        self.replay_age.observe(report.replay.ages.numpy())
+        self._waiting.add(report)
         self.pending.set(report.pending)
         self.joined.inc(report.joined - self._joined)
         self.expired.inc(report.expired - self._expired)
         self._joined, self._expired = report.joined, report.expired
 
-    def _observe_peers(self, report: Report) -> None:
+    def _observe_unsound(self, report: Report) -> None:
         for name, counts in report.unsound.items():
             for action, count in counts.items():
                 if more := count - self._unsound.get((name, action), 0):
                     self._nonfinite[name, action].inc(more)
                     self._unsound[name, action] = count
-        if not report.trained:
-            return
-        for name, (*parts, norm) in zip(report.peers, report.means.T.tolist(), strict=True):
-            hard, soft, divergence, total = parts
-            _observe(self._norm[name], norm)
-            _observe(self._divergence[name], divergence)
-            for component, value in (("hard", hard), ("soft", soft), ("total", total)):
-                _observe(self._loss[name, component], value)
+
+    def _take_in(self, seen: Sequence["Seen"]) -> None:
+        """Add up what was told of several batches, all at once."""
+        scored = [one.scored for one in seen]
+        y = torch.cat([one.y for one in scored])
+        right = torch.cat([one.answers for one in scored], 1) == y
+        for evaluated, correct, count in zip(self._evaluated, self._correct, right.sum(1).tolist(), strict=True):
+            evaluated.inc(len(y))
+            correct.inc(count)
+        self.replay_priority.observe(torch.cat([one.priorities for one in seen]).numpy())
+        self.replay_age.observe(torch.cat([one.ages for one in seen]).numpy())
+        trained = [one.learned for one in seen if one.learned]
+        updates = list(chain.from_iterable(trained))
+        agreed, compared = agreement(updates)
+        self.agreed.inc(agreed)
+        self.compared.inc(compared)
+        if trained:
+            sizes = [len(one) for one in trained]
+            told = np.add.reduceat(means(updates), np.cumsum([0, *sizes[:-1]])) / np.array(sizes)[:, None, None]
+            self.loss.observe(told[:, [0, 1, 3]].reshape(len(trained), -1))
+            self.divergence.observe(told[:, 2])
+            self.gradient_norm.observe(told[:, 4])
 
     def _show(self, peers: Sequence[str], sources: Sequence[tuple[str, str]]) -> None:
         """Let what changes with every batch be read off the last report whenever somebody asks."""
@@ -340,9 +353,83 @@ def _listens(report: Report, *, pair: tuple[str, str]) -> float:
     return report.alphas.get(pair, 0.0)
 
 
-def _observe(summary: Summary, value: float) -> None:
-    if math.isfinite(value):  # a sum that took in a NaN would be NaN for good
-        summary.observe(value)
+class BulkSummary(Collector):
+    """Sums and counts of several series, which take many values of each in one call.
+
+    Args:
+        name: of the metric.
+        text: its help.
+        labels: their names.
+        series: their values, for each series.
+        registry: which it joins.
+    """
+
+    def __init__(
+        self, name: str, text: str, labels: Sequence[str], series: Sequence[Sequence[str]], registry: CollectorRegistry
+    ) -> None:
+        self._name, self._text, self._labels, self._series = name, text, labels, series
+        self._counts: NDArray[np.int64] = np.zeros(len(series), dtype=np.int64)
+        self._sums = np.zeros(len(series))
+        registry.register(self)
+
+    def observe(self, values: NDArray[np.float64]) -> None:
+        """Take in `values` `[m, series]`, those that are finite: a sum that took in a NaN would be NaN for good."""
+        known = np.isfinite(values)
+        self._counts += known.sum(0)
+        self._sums += values.sum(0, where=known)
+
+    def collect(self) -> Iterator[SummaryMetricFamily]:
+        """Return the family, for the registry."""
+        family = SummaryMetricFamily(self._name, self._text, labels=self._labels)
+        for labels, count, total in zip(self._series, self._counts.tolist(), self._sums.tolist(), strict=True):
+            family.add_metric(labels, count, total)
+        yield family
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What is kept of a report until it is added up: nothing that is as large as the records."""
+
+    scored: Scored
+    priorities: Tensor
+    ages: Tensor
+    learned: Sequence[Learned]
+
+
+class Waiting(Collector):
+    """Reports that were not added up yet: many together cost little more than one.
+
+    It comes first in its registry, so that whoever reads that finds everything added up.
+
+    Args:
+        take_in: adds them up.
+        registry: which it joins.
+    """
+
+    def __init__(self, take_in: Callable[[Sequence[Seen]], None], registry: CollectorRegistry) -> None:
+        self._take_in = take_in
+        self._seen: list[Seen] = []
+        self._lock = Lock()  # the registry is read on another thread
+        registry.register(self)
+
+    def add(self, report: Report) -> None:
+        """Keep what has to be added up."""
+        learned = report.learned if report.trained else ()
+        with self._lock:
+            self._seen.append(Seen(report.scored, report.replay.priorities, report.replay.ages, learned))
+            if len(self._seen) >= MOST_WAITING:
+                self._add_up()
+
+    def collect(self) -> Iterator[Metric]:
+        """Add up what waits; there is no metric of it."""
+        with self._lock:
+            self._add_up()
+        return iter(())
+
+    def _add_up(self) -> None:
+        if self._seen:
+            self._take_in(self._seen)
+            self._seen = []
 
 
 class BulkHistogram(Collector):

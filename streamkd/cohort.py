@@ -54,6 +54,9 @@ class Cohort:
         distillation: how they teach one another.
         capacity: what their capacities are measured by, started; by default they are numbers of parameters.
         compiled: whether updates are compiled, those that can be.
+
+    Attributes:
+        by_hand: whether nothing of an update is left to torch's autograd.
     """
 
     def __init__(
@@ -90,6 +93,11 @@ class Cohort:
         self._wanted = compiled
         self._plain = self._by_itself()
         self.fused = self._fused() if compiled else None
+        self.by_hand = (
+            self._plain
+            and self.fused is None
+            and all(isinstance(group, Stack) and group.by_hand for group in self.groups)
+        )
         self._lessons: Pairs | None = None
         self._pairs: tuple[tuple[tuple[int, int], ...], Tensor, Tensor, Tensor] | None = None
 
@@ -219,7 +227,7 @@ class Cohort:
         norms: list[float] = found.tolist()
         if self._frozen(teacher, teacher):
             norms[teacher] = 0.0
-        return Learned(lesson, parts[0].sum(0) / len(self), parts, answers, rule.betas, norms)
+        return Learned(lesson.y, lesson.weights, parts[0].sum(0) / len(self), parts, answers, rule.betas, norms)
 
     def absorb(self, x: Tensor, y: Tensor, *, teacher: int) -> None:
         """Let the peers that learn record by record have the records `x` `[n, ...]` with their labels `y` `[n]`."""
@@ -263,7 +271,7 @@ class Cohort:
             shape = (1 + len(asked.views), len(asked))
             parts = parts.reshape(3, len(self), *shape).mean(2)
             answers = answers[:, : len(asked)]
-        return Learned(asked, parts[0].sum(0) / len(self), parts, answers, rule.betas, norms)
+        return Learned(asked.y, asked.weights, parts[0].sum(0) / len(self), parts, answers, rule.betas, norms)
 
     def _gradient(
         self, logits: Tensor, asked: Lesson, lesson: Lesson, rule: Pairs, *, seen: Tensor, weights: Tensor
@@ -453,8 +461,11 @@ class Cohort:
 
     def mend(self, teacher: int) -> None:
         """Roll a peer that stays non-finite back; if that was no help, give it the weights of one that is well."""
-        if all(peer.stuck < STUCK for peer in self.peers):
-            return
+        if any(peer.stuck >= STUCK for peer in self.peers):
+            with torch.inference_mode(mode=False):  # models made here are there to stay
+                self._mend(teacher)
+
+    def _mend(self, teacher: int) -> None:
         for peer in self.peers:
             if isinstance(peer, RiverPeer) or peer.stuck < STUCK:
                 continue

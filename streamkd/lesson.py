@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ class Learned:
     """What one update did.
 
     Attributes:
-        lesson: what it learned from.
+        y, weights: `[m]`, labels and weights of the examples that it learned from.
         losses: `[m]`, hard loss of each example, the mean over peers, before the step; NaN for one at fault.
         parts: `[3, peers, m]`, of those that were learned: hard losses; weighted distillation, as it is before it is
             capped; and distillation loss from the teachers, unweighted.
@@ -126,7 +127,8 @@ class Learned:
         faulty: rows of examples that were left out, because an update on one of them alone is not finite.
     """
 
-    lesson: Lesson
+    y: Tensor
+    weights: Tensor
     losses: Tensor
     parts: Tensor
     answers: Tensor
@@ -139,39 +141,48 @@ class Learned:
         """Whether every peer has a gradient to step along."""
         return all(map(isfinite, self.norms))
 
-    @property
-    def means(self) -> NDArray[np.float32]:
-        """`[5, peers]`: mean hard loss, distillation weighted and unweighted, what was minimised, its gradient's norm.
 
-        What was minimised is as it is before distillation is capped.
-        """
-        parts, betas = self.parts.cpu().numpy(), self.betas.cpu().numpy()
-        means = np.empty((5, parts.shape[1]), parts.dtype)
-        parts.sum(2, out=means[:3])
-        means[0] /= max(1, np.count_nonzero(self.lesson.y.cpu().numpy() != UNLABELLED))
-        means[1:3] /= parts.shape[2]
-        means[3] = (betas * parts[0] + parts[1]) @ self.lesson.weights.cpu().numpy()
-        means[4] = self.norms
-        return means
+def means(updates: Sequence[Learned]) -> NDArray[np.float64]:
+    """Tell of one update or more, in figures.
 
-    @property
-    def compared(self) -> int:
-        """Pairs of peers whose answers to a record were compared."""
-        peers, examples = self.answers.shape
-        return examples * peers * (peers - 1) // 2
+    Returns:
+        `[updates, 5, peers]`: mean hard loss, distillation weighted and unweighted, what was minimised, as it is before
+        distillation is capped, and the norm of its gradient.
+    """
+    sizes = [one.parts.shape[2] for one in updates]
+    starts = np.cumsum([0, *sizes[:-1]])
+    parts, betas = _beside([one.parts for one in updates], 2), _beside([one.betas for one in updates], 1)
+    labels, weights = _beside([one.y for one in updates]), _beside([one.weights for one in updates])
+    told = np.empty((5, parts.shape[1], len(updates)))
+    np.add.reduceat(parts, starts, 2, out=told[:3])
+    told[0] /= np.maximum(np.add.reduceat(labels != UNLABELLED, starts, dtype=np.int64), 1)
+    told[1:3] /= sizes
+    told[3] = np.add.reduceat((np.repeat(betas, sizes, 1) * parts[0] + parts[1]) * weights, starts, 1)
+    told[4] = np.array([one.norms for one in updates]).T
+    return told.transpose(2, 0, 1)
 
-    @property
-    def agreed(self) -> int:
-        """Pairs of them that gave the same answer."""
-        answers = self.answers.cpu().numpy()
-        return int(np.count_nonzero(answers[:, None] == answers) - answers.size) // 2
+
+def agreement(updates: Sequence[Learned]) -> tuple[int, int]:
+    """Return how many pairs of peers gave a record the same answer, and how many such pairs there were."""
+    if not updates:
+        return 0, 0
+    answers = _beside([one.answers for one in updates], 1)
+    peers, examples = answers.shape
+    same = int(np.count_nonzero(answers[:, None] == answers))
+    return (same - answers.size) // 2, examples * peers * (peers - 1) // 2
+
+
+def _beside(parts: Sequence[Tensor], along: int = 0) -> NDArray[Any]:
+    """Put what several updates did side by side; all of it leaves its device at once."""
+    return torch.cat(list(parts), along).cpu().numpy()
 
 
 def side_by_side(lesson: Lesson, parts: Sequence[Learned]) -> Learned:
     """Tell of one update that was made ready in parts, which share their norms."""
     return replace(
         parts[0],
-        lesson=lesson,
+        y=lesson.y,
+        weights=lesson.weights,
         losses=torch.cat([part.losses for part in parts]),
         parts=torch.cat([part.parts for part in parts], 2),
         answers=torch.cat([part.answers for part in parts], 1),

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+
+from streamkd.lesson import Learned
 
 SERVED = "served"
 """The name of the served answer, beside the names of the peers."""
@@ -234,10 +235,9 @@ class Report:
         taught: records of the batch, without a label for good, that were learned from the served answer.
         scored: the prequential score.
         teacher: name of the peer in office.
-        means: `[5, peers]`, what the updates of the batch came to, see `Learned.means`; zeros if there were none.
+        learned: what each update of the batch did.
         unsound: name of a peer -> how often it was skipped, rolled back and restarted, so far.
         alphas: (teacher, student) -> weight of the distillation.
-        agreed, compared: pairs of peers that gave the same answer, of the pairs compared.
         pending, joined, expired: records waiting for labels now; labels that came late and that never came, so far.
         seconds: stage -> time it took, by the clock that was handed to the engine.
     """
@@ -259,11 +259,9 @@ class Report:
     scored: Scored
     teacher: str
     peers: Mapping[str, PeerReport]
-    means: NDArray[np.float64]
+    learned: tuple[Learned, ...]
     unsound: Mapping[str, Mapping[str, int]]
     alphas: Mapping[tuple[str, str], float]
-    agreed: int
-    compared: int
     drift: tuple[DriftReport, ...]
     swap: SwapReport | None
     replay: ReplayReport

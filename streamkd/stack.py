@@ -147,6 +147,11 @@ class Stack:
         self._descends = all(_plain(peer.optimizer) for peer in self.peers)
 
     @property
+    def by_hand(self) -> bool:
+        """Whether nothing of an update is left to torch's autograd."""
+        return self._descends and not any(isinstance(layer, layers.Elementwise) for layer in self._members)
+
+    @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
         """The members' weights and gradients `[members, weights]`, and their clips `[members]`."""
         return self._rows, self._gradient, self._clips

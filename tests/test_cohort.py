@@ -13,7 +13,7 @@ from worlds import stored
 
 from streamkd import UNLABELLED, Cohort, Distillation, Output, Peer
 from streamkd.cohort import STUCK
-from streamkd.lesson import Learned, Lesson
+from streamkd.lesson import Learned, Lesson, agreement, means
 from streamkd.losses import kd
 from streamkd.models import mlp
 from streamkd.per_record import certainty
@@ -165,8 +165,8 @@ def test_updates_are_simultaneous_so_the_order_of_peers_changes_nothing(scheme: 
         lesson = lesson_of(update)
         learned = learn(one, lesson, 0, members)
         again = learn(other, lesson, 1, torch.cat([members[:3][order], members[3:][order]]))
-        assert np.allclose(learned.means[1][order], again.means[1], atol=1e-6)
-        assert (learned.agreed, learned.compared) == (again.agreed, again.compared)
+        assert np.allclose(means([learned])[0][1][order], means([again])[0][1], atol=1e-6)
+        assert agreement([learned]) == agreement([again])
     for name in "abc":
         index, place = one.names.index(name), other.names.index(name)
         assert torch.allclose(flat(one.peers[index]), flat(other.peers[place]), atol=1e-5)
@@ -184,8 +184,8 @@ def test_alone_a_peer_takes_a_plain_step_on_its_weighted_cross_entropy() -> None
             total.backward()  # type: ignore[no-untyped-call]
             peer.optimizer.step()
             peer.optimizer.zero_grad()
-            assert float(learned.means[3][index]) == pytest.approx(float(total.detach()), rel=1e-4)
-            assert float(learned.means[0][index]) == pytest.approx(float(losses.detach().mean()), rel=1e-4)
+            assert float(means([learned])[0][3][index]) == pytest.approx(float(total.detach()), rel=1e-4)
+            assert float(means([learned])[0][0][index]) == pytest.approx(float(losses.detach().mean()), rel=1e-4)
             assert torch.allclose(flat(cohort.peers[index]), flat(peer), atol=1e-6)
 
 
@@ -271,9 +271,11 @@ def test_a_lesson_weighs_alpha_times_its_gate(gate: str) -> None:
     said = [kd(Output(each), Output(logits[0]), lesson.y, torch.tensor(3.0)) for each in logits]
     learned = learn(cohort, lesson)
     for student in (1, 2):
-        assert float(learned.means[1][student]) == pytest.approx(float((0.6 * gates[student] * said[student]).mean()))
-        assert float(learned.means[2][student]) == pytest.approx(float(said[student].mean()))
-    assert [float(learned.means[1][0]), float(learned.means[2][0])] == [0, 0]
+        assert float(means([learned])[0][1][student]) == pytest.approx(
+            float((0.6 * gates[student] * said[student]).mean())
+        )
+        assert float(means([learned])[0][2][student]) == pytest.approx(float(said[student].mean()))
+    assert [float(means([learned])[0][1][0]), float(means([learned])[0][2][0])] == [0, 0]
 
 
 def test_nobody_teaches_before_the_burn_in_is_over() -> None:
@@ -333,7 +335,7 @@ def test_a_static_teacher_stops_learning_and_goes_on_teaching() -> None:
     assert torch.equal(flat(cohort.peers[0]), frozen)
     assert torch.equal(nn.utils.parameters_to_vector(cohort.peers[0].average.parameters()), average)
     assert not any(torch.equal(flat(peer), weights) for peer, weights in zip(cohort.peers[1:], students, strict=True))
-    assert float(learned.means[1][1:].min()) > 0
+    assert float(means([learned])[0][1][1:].min()) > 0
 
 
 def test_a_teacher_with_no_weight_left_to_train_can_teach() -> None:
@@ -343,7 +345,7 @@ def test_a_teacher_with_no_weight_left_to_train_can_teach() -> None:
     before = flat(frozen)
     learned = learn(cohort, lesson_of(0))
     assert torch.equal(flat(frozen), before)
-    assert float(learned.means[1][1:].min()) > 0
+    assert float(means([learned])[0][1][1:].min()) > 0
 
 
 def test_a_raised_rate_fades_by_half_each_half_life_after_an_alarm() -> None:
@@ -367,7 +369,7 @@ def test_lessons_are_softer_after_an_alarm() -> None:
     cohort.alarm()
     learned = learn(cohort, lesson)
     softened = kd(Output(logits[1]), Output(logits[0]), lesson.y, torch.tensor(2.0 * 1.5)).mean()
-    assert float(learned.means[2][1]) == pytest.approx(float(softened))
+    assert float(means([learned])[0][2][1]) == pytest.approx(float(softened))
 
 
 def test_each_record_may_have_a_temperature_of_its_own() -> None:
@@ -378,7 +380,7 @@ def test_each_record_may_have_a_temperature_of_its_own() -> None:
     warm = certainty(student, teacher, lesson.y, torch.tensor([3.0]))
     assert len(set(warm.tolist())) == 6
     expected = kd(student, teacher, lesson.y, warm).mean()
-    assert float(learn(cohort, lesson).means[2][1]) == pytest.approx(float(expected))
+    assert float(means([learn(cohort, lesson)])[0][2][1]) == pytest.approx(float(expected))
 
 
 def test_a_curriculum_makes_the_next_lesson_harder() -> None:
@@ -392,7 +394,7 @@ def test_a_curriculum_makes_the_next_lesson_harder() -> None:
         assert [slope != 0 for slope in cohort.slopes] == [wanted == "mutual", True, True]
         cohort.schedule(0, CLASSES)
         after = learn(cohort, lesson)
-        assert bool((after.means[2][1:] > before.means[2][1:]).all())
+        assert bool((means([after])[0][2][1:] > means([before])[0][2][1:]).all())
 
 
 def test_past_the_widest_gap_of_capacities_a_lesson_is_weakened_by_what_is_beyond_it() -> None:
@@ -471,9 +473,16 @@ def test_peers_answer_first_and_then_their_averages() -> None:
 def test_agreement_is_counted_over_all_pairs() -> None:
     cohort, lesson = tables(plainly("none"), rows=40), lesson_of_rows([0, 1] * 20)
     answers = cohort.predict(lesson.x)[:3].argmax(-1)
-    learned = learn(cohort, lesson)
-    assert learned.compared == 3 * 40
-    assert learned.agreed == sum(int((answers[i] == answers[j]).sum()) for i, j in ((0, 1), (0, 2), (1, 2)))
+    same = sum(int((answers[i] == answers[j]).sum()) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert agreement([learn(cohort, lesson)]) == (same, 3 * 40)
+
+
+def test_updates_told_of_together_are_told_of_one_by_one() -> None:
+    cohort = tables(plainly("mutual"), rows=40)
+    updates = [learn(cohort, lesson_of_rows([0, 1] * size)) for size in (1, 20, 7)]
+    assert np.allclose(means(updates), np.concatenate([means([one]) for one in updates]))
+    assert agreement(updates) == tuple(map(sum, zip(*(agreement([one]) for one in updates), strict=True)))
+    assert agreement([]) == (0, 0)
 
 
 def changing(temperature: Schedule) -> Distillation:

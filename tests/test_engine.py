@@ -338,6 +338,39 @@ def test_inputs_that_carry_a_gradient_are_taken_as_they_are() -> None:
     assert engine().step(Batch(x.requires_grad_(), y)).trained == 16
 
 
+def alike() -> Engine:
+    """An engine of which nothing is left to autograd."""
+    build = partial(mlp, (5,), CLASSES, widths=(8,))
+    return Engine([Peer(name, build, partial(torch.optim.SGD, lr=0.1), seed=1) for name in "ab"], CLASSES)
+
+
+def test_it_comes_to_the_same_whether_autograd_could_follow_or_not() -> None:
+    freely, followed = alike(), alike()
+    assert freely.cohort.by_hand
+    followed.cohort.by_hand = False
+    for batch in batches(640):
+        assert torch.equal(freely.step(batch).served, followed.step(batch).served)
+
+
+def test_what_an_engine_leaves_behind_can_be_learned_from() -> None:
+    made = alike()
+    for peer in made.cohort.peers:  # so both are restarted
+        for parameter in peer.module.parameters():
+            parameter.data.fill_(torch.nan)
+    reports = [made.step(batch) for batch in batches(640)]
+    assert all(count["restarted"] for count in reports[-1].unsound.values())
+    scale = torch.ones((), requires_grad=True)
+    for told in (reports[-1].served, reports[-1].log_p):
+        (scale * told).square().sum().backward()
+    assert scale.grad is not None
+    for peer in made.cohort.peers:
+        peer.module(torch.ones(1, 5)).sum().backward()
+        with torch.no_grad():
+            for parameter in (*peer.module.parameters(), *peer.average.parameters()):
+                parameter.add_(1.0)
+    made.replay.add(torch.ones(1, 5), torch.zeros(1, dtype=torch.int64))
+
+
 def test_what_is_taught_brings_the_peers_together() -> None:
     made = engine(
         distillation=Distillation("none", burn_in=0, interpolate=0.0, doubt=0.0, unlabelled=10.0),

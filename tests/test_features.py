@@ -14,7 +14,7 @@ from streamkd import UNLABELLED, Batch, Cohort, Distillation, Engine, Peer, adap
 from streamkd.config import build_engine
 from streamkd.errors import ConfigError
 from streamkd.features import FeatureLoss, attention_transfer, hint, similarity_preserving, wasserstein
-from streamkd.lesson import Lesson
+from streamkd.lesson import Lesson, means
 from streamkd.models import cnn, mlp, vit
 from streamkd.parts import public_functions
 from streamkd.schedules import complement, constant
@@ -223,8 +223,8 @@ def test_features_weigh_what_the_logits_leave_them_and_are_reported() -> None:
     seen, weights = torch.ones(3, dtype=torch.bool), torch.full((4,), 0.25)
     without.schedule(0, 3)
     told, plain = (one.learn(what, teacher=0, seen=seen, weights=weights) for one in (cohort, without))
-    assert float(told.means[1][1] - plain.means[1][1]) == pytest.approx(float(expected), rel=1e-4)
-    assert float(told.means[1][0]) == 0
+    assert float(means([told])[0][1][1] - means([plain])[0][1][1]) == pytest.approx(float(expected), rel=1e-4)
+    assert float(means([told])[0][1][0]) == 0
 
 
 def test_features_are_not_learned_from_before_the_burn_in_is_over_nor_without_a_label() -> None:

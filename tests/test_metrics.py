@@ -2,6 +2,7 @@ import math
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 from prometheus_client import generate_latest
 from stack import needs
@@ -93,6 +94,47 @@ def test_counters_add_up_to_what_the_reports_said() -> None:
     assert read("streamkd_replay_age_records_count") == drawn
     assert read("streamkd_replay_age_records_bucket", {"le": "+Inf"}) == drawn
     assert read("streamkd_step_duration_seconds_count", {"phase": "learn"}) == len(reports)
+
+
+def test_it_makes_no_difference_how_often_the_metrics_are_read() -> None:
+    made = lively()
+    often, once = metrics_of(made), metrics_of(made)
+    for batch in batches(late=True):
+        report = made.step(batch)
+        for metrics in (often, once):
+            metrics.observe(report, now=1000.0)
+        generate_latest(often.registry)
+
+    def read(metrics: Metrics) -> dict[tuple[str, ...], float]:
+        return {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in metrics.registry.collect()
+            for sample in family.samples
+            if sample.name.startswith("streamkd_")
+        }
+
+    told = read(once)
+    assert read(often) == pytest.approx(told, rel=1e-6)
+    assert told["streamkd_loss_count", "a", "hard"] > 0
+
+
+def test_summaries_are_of_what_the_reports_said_of_each_peer() -> None:
+    made = lively()
+    metrics, reports = metrics_of(made), []
+    for batch in batches():
+        reports.append(made.step(batch))
+        metrics.observe(reports[-1], now=1000.0)
+
+    def told(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"streamkd_{name}_sum", labels)
+
+    for peer in made.cohort.names:
+        said = [report.peers[peer] for report in reports if report.trained]
+        for part in ("hard", "soft", "total"):
+            expected = sum(getattr(one, part) for one in said)
+            assert told("loss", peer=peer, component=part) == pytest.approx(expected)
+        assert told("gradient_norm", peer=peer) == pytest.approx(sum(one.gradient_norm for one in said))
+        assert told("distill_divergence", student=peer) == pytest.approx(sum(one.divergence for one in said))
 
 
 def test_ages_are_those_of_records_that_tell_and_the_future_is_new() -> None:
