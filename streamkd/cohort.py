@@ -132,14 +132,12 @@ class Cohort:
         said = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         return said if self.places is None else said[self.places.to(said.device)]
 
-    def observe(self, losses: Tensor, accuracies: Tensor) -> None:
-        """Take in the prequential loss and accuracy `[peers]` of one batch."""
+    def observe(self, losses: Sequence[float], accuracies: Sequence[float]) -> None:
+        """Take in the prequential loss and accuracy of each peer in one batch."""
         self.observed += 1
         share = max(1 / self.observed, 1 / 50)
-        self.losses = [old + share * (new - old) for old, new in zip(self.losses, losses.tolist(), strict=True)]
-        self.accuracies = [
-            old + share * (new - old) for old, new in zip(self.accuracies, accuracies.tolist(), strict=True)
-        ]
+        self.losses = [old + share * (new - old) for old, new in zip(self.losses, losses, strict=True)]
+        self.accuracies = [old + share * (new - old) for old, new in zip(self.accuracies, accuracies, strict=True)]
 
     def alarm(self) -> None:
         """The world has changed: schedules count from here."""

@@ -219,20 +219,20 @@ class Engine:
         if not n:
             return scored
         log_p = of_truth(answers.log_p[: 2 * peers], y)
-        right = scored.right
-        accuracies = right.sum(1) / n
+        right = scored.answers.numpy() == y.numpy()
+        *accuracies, accuracy = (right.sum(1) / n).tolist()
         self.served.update(log_p)
         if not self.seen.numpy()[y.numpy()].all():
             self.seen[y] = True
             self._look()
         if self.pool is not None:
             self.pool.update(answers.log_p[..., : self._width], y)
-        self.roles.update(log_p[:peers], right[:-1], answers.log_p[:peers])
-        self.cohort.observe(log_p[:peers].sum(1) / -n, accuracies[:-1])
+        self.roles.update(log_p[:peers], torch.from_numpy(right[:-1]), answers.log_p[:peers])
+        self.cohort.observe((log_p.numpy()[:peers].sum(1) / -n).tolist(), accuracies)
         self.transfer.update(scored.answers[:-1], self.roles.teacher)
         self.scored += n
         share = min(1.0, n / min(self.scored, 1_000))
-        self.accuracy += share * (float(accuracies[-1]) - self.accuracy)
+        self.accuracy += share * (accuracy - self.accuracy)
         return scored
 
     def _adapt(self, scored: Scored) -> tuple[tuple[DriftReport, ...], Swap | None]:
@@ -389,7 +389,7 @@ class Engine:
             updates=cohort.updates,
             records=self.records,
             size=len(batch),
-            unlabelled=int((batch.y < 0).sum()),
+            unlabelled=len(batch) - int(np.count_nonzero(labelled(said.y).numpy())),
             trained=len(scored.y) - len(faults) if stepped else 0,
             faults=faults,
             classes=self._met,
@@ -411,8 +411,8 @@ class Engine:
                 len(self.replay),
                 self.replay.capacity,
                 self._window(),
-                torch.cat([self.replay.priorities[drawn.slots] for drawn in memories]),
-                torch.cat([drawn.ages for drawn in memories]),
+                self.replay.priorities.index_select(0, _joined([drawn.slots for drawn in memories])),
+                _joined([drawn.ages for drawn in memories]),
             ),
             pending=len(self.pending),
             joined=self.pending.joined,
@@ -523,6 +523,10 @@ def _faults(batch: Batch, answers: Answers, faulty: list[int]) -> tuple[Fault, .
     return tuple(
         Fault(own[row - waited] if row >= waited else None, answers.x[row], int(answers.y[row])) for row in faulty
     )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _even(x: Tensor) -> Tensor:

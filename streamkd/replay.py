@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -144,7 +145,8 @@ class ReplayBuffer:
             slots, births, x, y = slots[kept], births[kept.numpy()], x[kept], y[kept]
         memory = torch.as_tensor(self._x)
         places = slots.numpy()
-        memory[slots], self._y[places], self._births[places] = x.to(memory), y.cpu().numpy(), births
+        memory.index_copy_(0, slots, x.to(memory))
+        self._y[places], self._births[places] = y.cpu().numpy(), births
         self._prioritise(places, priority)
         self.size = min(self.added, self.capacity)
 
@@ -166,7 +168,8 @@ class ReplayBuffer:
         weights = self._mass[places] ** -self.beta  # N and the sum of the masses cancel in the next line
         weights = (weights / weights.max()).astype(np.float32)
         ages = self.added - self._births[places]
-        return Memories(slots, self._x[slots], *map(torch.from_numpy, (self._y[places], weights, ages)))
+        recalled = self._x.index_select(0, slots)
+        return Memories(slots, recalled, *map(torch.from_numpy, (self._y[places], weights, ages)))
 
     def _draw(self, n: int, window: int) -> Tensor:
         """Draw slots `[n]` of the latest `window` records, in proportion to their mass; none if they have none."""
@@ -214,7 +217,9 @@ class ReplayBuffer:
         if not len(slots):
             return
         values = losses.numpy()
-        values = np.where(np.isfinite(values), values, 0) + LEAST
+        if not isfinite(values.sum()):
+            values = np.where(np.isfinite(values), values, 0)
+        values = values + LEAST
         # A running quantile by stochastic steps in proportion to the typical loss: no sorting, no window.
         above = float(np.count_nonzero(values > self.ceiling)) / len(values)
         mean = float(values.sum()) / len(values)
@@ -257,7 +262,7 @@ class ReplayBuffer:
 
 def ring(buffer: ReplayBuffer, n: int) -> Tensor:
     """The oldest make room."""
-    return torch.arange(buffer.added, buffer.added + n).remainder_(buffer.capacity)
+    return torch.from_numpy(np.arange(buffer.added, buffer.added + n) % buffer.capacity)
 
 
 def lowest(buffer: ReplayBuffer, n: int) -> Tensor:

@@ -48,8 +48,8 @@ class Served:
 
     def _score(self, scores: Array) -> None:
         self._scores = scores
-        self._weights = np.zeros_like(scores)
-        self._weights[: self.voices] = (1 - self.floor) * _softmax(scores[: self.voices]) + self.floor / self.voices
+        heard = (1 - self.floor) * _softmax(scores[: self.voices]) + self.floor / self.voices
+        self._weights = heard if self.voices == len(scores) else np.append(heard, np.zeros(len(scores) - self.voices))
 
     @property
     def weights(self) -> Tensor:
@@ -102,6 +102,8 @@ def _mixed(weights: Array, p: NDArray[Any]) -> NDArray[Any]:
 
 
 def _softmax(scores: Array) -> Array:
-    weights = np.exp(scores - scores.max())
-    shares: Array = weights / weights.sum()
-    return shares
+    # Of so few numbers Python's own are the quicker.
+    said: list[float] = scores.tolist()
+    highest = max(said)
+    weights = [math.exp(score - highest) for score in said]
+    return np.array(weights) / sum(weights)

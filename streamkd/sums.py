@@ -67,6 +67,8 @@ class Totals:
         sums = top[0].cumsum()
         depths = np.minimum(depths, np.nextafter(sums[-1], 0))
         places: Index = sums.searchsorted(depths, "right")
+        if not blocks:
+            return places
         depths = depths - np.where(places > 0, sums[places - 1], 0.0)
         each = np.arange(len(depths))
         for level in reversed(blocks):

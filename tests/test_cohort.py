@@ -341,7 +341,7 @@ def test_a_static_teacher_stops_learning_and_goes_on_teaching() -> None:
 def test_a_teacher_with_no_weight_left_to_train_can_teach() -> None:
     frozen = Peer("t", lambda: mlp((4,), CLASSES, widths=(4,)).requires_grad_(requires_grad=False))
     cohort = Cohort([frozen, *networks(plainly("none")).peers], Distillation(scheme="static", burn_in=0, gate="open"))
-    cohort.observe(torch.tensor([0.2, 0.9, 0.9, 0.9]), torch.full((4,), 0.5))
+    cohort.observe([0.2, 0.9, 0.9, 0.9], [0.5] * 4)
     before = flat(frozen)
     learned = learn(cohort, lesson_of(0))
     assert torch.equal(flat(frozen), before)
@@ -448,7 +448,7 @@ def test_what_was_observed_is_a_mean_over_fifty_batches() -> None:
     cohort = networks(plainly("none"))
     values = torch.rand(80, 3, generator=torch.Generator().manual_seed(0))
     for batch in range(80):
-        cohort.observe(values[batch], 1 - values[batch])
+        cohort.observe(values[batch].tolist(), (1 - values[batch]).tolist())
         if batch == 39:
             assert cohort.losses == pytest.approx(values[:40].mean(0).tolist(), abs=1e-6)
     expected = values[:50].mean(0)
@@ -501,7 +501,7 @@ def changing(temperature: Schedule) -> Distillation:
 def go_on(cohort: Cohort, updates: range, *, schedule: bool = True) -> None:
     values = torch.rand(12, 3, generator=torch.Generator().manual_seed(1))
     for update in updates:
-        cohort.observe(values[update], values[update])
+        cohort.observe(values[update].tolist(), values[update].tolist())
         if schedule:
             cohort.schedule(update % 3, CLASSES)
         cohort.learn(lesson_of(update), teacher=0, seen=SEEN, weights=torch.full((6,), 1 / 6))
