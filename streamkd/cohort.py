@@ -99,7 +99,7 @@ class Cohort:
             and all(isinstance(group, Stack) and group.by_hand for group in self.groups)
         )
         self._lessons: Pairs | None = None
-        self._pairs: tuple[tuple[tuple[int, int], ...], Tensor, Tensor, Tensor] | None = None
+        self._pairs: tuple[tuple[tuple[int, int], ...], Tensor, Tensor, Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.peers)
@@ -341,8 +341,8 @@ class Cohort:
         pairs = tuple(self.alphas)
         if self._pairs is None or self._pairs[0] != pairs:
             ends = torch.tensor([*zip(*pairs, strict=True)] or [[], []], device=device).long()
-            self._pairs = pairs, *ends, functional.one_hot(ends[1], len(self)).T.float()
-        _, sources, taught, dealt = self._pairs
+            self._pairs = pairs, *ends, ends.flatten(), functional.one_hot(ends[1], len(self)).T.float()
+        _, sources, taught, ends, dealt = self._pairs
         students = [student for _, student in pairs]
         portions = [1 / students.count(student) for student in students]
         alphas = [alpha * share for alpha, share in zip(self.alphas.values(), portions, strict=True)]
@@ -351,6 +351,7 @@ class Cohort:
             teach=any(alphas),
             sources=sources,
             students=taught,
+            ends=ends,
             alphas=column(alphas),
             portions=column(portions),
             temperatures=column([self.softness[student] for student in students]),

@@ -26,6 +26,7 @@ class Pairs:
         betas: `[peers, 1]`, the weights of the labels.
         teach: whether any alpha is more than 0.
         sources, students: `[pairs]`, indices.
+        ends: `[2 * pairs]`, both of these, one after the other.
         alphas: `[pairs, 1]`, shared out among a student's teachers.
         portions: `[pairs, 1]`, the share of each among them.
         temperatures: `[pairs, 1]`.
@@ -36,13 +37,14 @@ class Pairs:
     teach: bool
     sources: Tensor
     students: Tensor
+    ends: Tensor
     alphas: Tensor
     portions: Tensor
     temperatures: Tensor
     dealt: Tensor
 
 
-@np.errstate(over="ignore", invalid="ignore")
+@np.errstate(divide="ignore", over="ignore", invalid="ignore")
 def in_arrays(
     logits: Tensor, seen: Tensor, lesson: Lesson, pairs: Pairs, *, gate: str, cap: bool
 ) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -66,9 +68,9 @@ def in_arrays(
     x, y, met = logits.numpy().transpose(2, 0, 1).copy(), lesson.y.numpy(), seen.numpy()
     if not met.all():
         x[~met] = UNSEEN
-    if y.min() < 0 or not math.isfinite(x.sum()):
+    if y.min() < 0:
         return None
-    log_p, gradient = _log_softmax(x)
+    log_p, gradient = _log_softmax(x - x.max(0))
     truth = y, slice(None), np.arange(len(y))
     parts = np.zeros((3, *x.shape[1:]), x.dtype)
     hard = np.negative(log_p[truth].T, out=parts[0])
@@ -76,8 +78,8 @@ def in_arrays(
     gradient *= pairs.betas.numpy()
     if pairs.teach:
         temperatures, dealt, size = pairs.temperatures.numpy(), pairs.dealt.numpy(), len(pairs.students)
-        ends = np.concatenate([pairs.sources.numpy(), pairs.students.numpy()])
-        log_p, p = _log_softmax(x[:, ends] / np.concatenate([temperatures, temperatures]))
+        ends = pairs.ends.numpy()
+        log_p, p = _log_softmax(log_p[:, ends] / np.concatenate([temperatures, temperatures]))
         q, lesson_gradient = p[:, :size], p[:, size:]
         loss = (q * (log_p[:, :size] - log_p[:, size:])).sum(0) * (temperatures * temperatures)
         lesson_gradient -= q
@@ -85,7 +87,8 @@ def in_arrays(
         weights = _gated(gate, charged[size:], charged[:size]) * pairs.alphas.numpy()
         lesson_gradient *= weights * temperatures
         # What a student hears of several teachers adds up.
-        parts[1], parts[2] = dealt @ (weights * loss), dealt @ (loss * pairs.portions.numpy())
+        np.matmul(dealt, weights * loss, out=parts[1])
+        np.matmul(dealt, pairs.portions.numpy() * loss, out=parts[2])
         taught = dealt @ lesson_gradient
         if cap:  # cut to the length of the label's gradient, record by record
             taught *= np.minimum(_length(gradient) / np.maximum(_length(taught), TINY), 1)
@@ -103,13 +106,12 @@ def _gated(gate: str, student: Array, teacher: Array) -> Array:
 
 
 def _log_softmax(x: Array) -> tuple[Array, Array]:
-    """Return log-probabilities and probabilities over the first dimension."""
-    log_p = x - x.max(0)
-    p = np.exp(log_p)
+    """Return log-probabilities, written over `x`, and probabilities; along the first dimension some `x` is about 0."""
+    p = np.exp(x)
     total = p.sum(0)
     p /= total
-    log_p -= np.log(total)
-    return log_p, p
+    x -= np.log(total)
+    return x, p
 
 
 def _length(x: Array) -> Array:
