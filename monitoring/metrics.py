@@ -1,35 +1,26 @@
 """Reports as Prometheus metrics. Names here are promises: dashboards, alerts and scripts hang on them."""
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain, product
-from threading import Lock
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
     GCCollector,
-    Histogram,
-    Metric,
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import HistogramMetricFamily, SummaryMetricFamily
-from prometheus_client.registry import Collector
-from torch import Tensor
 
+from monitoring.bulk import BulkHistogram, BulkSummary, Waiting
 from monitoring.health import STATES
 from streamkd.lesson import Learned, agreement, means
 from streamkd.report import SERVED, Report, Scored
 
-MOST_WAITING = 64
-"""Reports that wait to be added up."""
 PHASES = ("predict", "score", "adapt", "recall", "learn", "remember", "checkpoint")
 PARTS = ("hard", "soft", "total")
 SWAP_REASONS = ("drift", "periodic")
@@ -72,10 +63,10 @@ class Metrics:
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client leaves it untyped
         self.registry = CollectorRegistry()
-        self._waiting = Waiting(self._take_in, self.registry)
+        self._waiting = Waiting(self._add_up, self.registry)
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
-        self._define(peers)
+        self._define(peers, feed)
         self.build.labels(version=version, python=platform.python_version(), torch=torch.__version__).set(1)
         self.reloaded.set(1)
         answering = [*peers, SERVED]
@@ -88,19 +79,11 @@ class Metrics:
         self._swaps = {reason: self.swaps.labels(reason=reason) for reason in SWAP_REASONS}
         self._drifts = self.drifts.labels(detector=detector, signal=signal)
         self._last_drift = self.last_drift.labels(detector=detector, signal=signal)
-        self._phase = {phase: self.step_duration.labels(phase=phase) for phase in PHASES}
         self._feed = feed
         self._feed_records = self.feed_records.labels(feed=feed)
         self._feed_connected = self.feed_connected.labels(feed=feed)
         self._feed_received = self.feed_received.labels(feed=feed)
         self._refused = {reason: self.dead_letters.labels(feed=feed, reason=reason) for reason in reasons}
-        self.record_age = BulkHistogram(
-            "streamkd_record_age_seconds",
-            "How old records were when their batch had been learned.",
-            RECORD_AGES,
-            self.registry,
-            labels={"feed": feed},
-        )
         self._untimed = self.feed_errors.labels(feed=feed, stage="time", error_type="unreadable")
         self._unwritten = self.feed_errors.labels(feed=feed, stage="dead_letter", error_type="write")
         self._resets = {reason: self.resets.labels(feed=feed, reason=reason) for reason in resets}
@@ -115,7 +98,7 @@ class Metrics:
         self._seen_resets: dict[str, int] = {}
         self._seen_failed: dict[str, int] = {}
 
-    def _define(self, peers: Sequence[str]) -> None:  # noqa: PLR0915 - a list, one statement a metric
+    def _define(self, peers: Sequence[str], feed: str) -> None:  # noqa: PLR0915 - a list, one statement a metric
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"streamkd_{name}", text, labels, registry=self.registry)
 
@@ -126,8 +109,9 @@ class Metrics:
             series = [(own, *part) for part in product(*[PARTS] * len(parts)) for own in peers]
             return BulkSummary(f"streamkd_{name}", text, (peer, *parts), series, self.registry)
 
-        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
-            return Histogram(f"streamkd_{name}", text, labels, buckets=buckets, registry=self.registry)
+        def histogram(name: str, text: str, buckets: Sequence[float], label: str = "", *values: str) -> BulkHistogram:
+            labels, series = ((label,), [(value,) for value in values]) if label else ((), [()])
+            return BulkHistogram(f"streamkd_{name}", text, buckets, self.registry, labels=labels, series=series)
 
         self.build = gauge("build_info", "Versions, as labels; always 1.", "version", "python", "torch")
         self.state = gauge("state", "1 for the state that the process is in.", "state")
@@ -143,7 +127,9 @@ class Metrics:
         self.trained = counter("trained_records_total", "Labelled records that were learned.")
         self.taught = counter("taught_records_total", "Records without a label, learned from the served answer.")
         self.batch_records = histogram("batch_records", "Records a batch.", RECORDS)
-        self.step_duration = histogram("step_duration_seconds", "Time a batch took, by stage.", SECONDS, "phase")
+        self.step_duration = histogram(
+            "step_duration_seconds", "Time a batch took, by stage.", SECONDS, "phase", *PHASES
+        )
         self.loss = summary("loss", "What updates minimised, in nats, by part.", "peer", "component")
         self.evaluated = counter("prequential_evaluated_total", "Answers that were scored.", "peer")
         self.correct = counter("prequential_correct_total", "Answers that were right.", "peer")
@@ -167,18 +153,15 @@ class Metrics:
         )
         self.replay_size = gauge("replay_records", "Records in the memory.")
         self.replay_capacity = gauge("replay_capacity_records", "Records that the memory can hold.")
-        self.replay_priority = BulkHistogram(
-            "streamkd_replay_priority", "Priority of what was recalled.", PRIORITIES, self.registry
-        )
-        self.replay_age = BulkHistogram(
-            "streamkd_replay_age_records", "Age of what was recalled, in records.", AGES, self.registry
-        )
+        self.replay_priority = histogram("replay_priority", "Priority of what was recalled.", PRIORITIES)
+        self.replay_age = histogram("replay_age_records", "Age of what was recalled, in records.", AGES)
         self.pending = gauge("labels_pending", "Predictions that wait for their labels.")
         self.joined = counter("labels_joined_total", "Labels that came late and were joined.")
         self.expired = counter("labels_expired_total", "Predictions given up before their label came.")
-        self.label_delay = BulkHistogram(
-            "streamkd_label_delay_seconds", "Time from a prediction to its label.", DELAYS, self.registry
+        self.record_age = histogram(
+            "record_age_seconds", "How old records were when their batch had been learned.", RECORD_AGES, "feed", feed
         )
+        self.label_delay = histogram("label_delay_seconds", "Time from a prediction to its label.", DELAYS)
         self.saves = counter("checkpoint_saves_total", "Attempts to save.", "result")
         self.save_duration = histogram("checkpoint_duration_seconds", "Time to save.", (0.01, 0.03, 0.1, 0.3, 1, 3, 10))
         self.save_size = gauge("checkpoint_size_bytes", "Size of the last checkpoint.")
@@ -193,57 +176,61 @@ class Metrics:
             report: what happened.
             now: seconds since the epoch.
         """
-        self._feed_records.inc(report.size)
         self._feed_received.set(now)
-        self.steps.inc()
-        self.trained.inc(report.trained)
-        self.taught.inc(report.taught)
-        self.batch_records.observe(report.size)
-        for phase, seconds in report.seconds.items():
-            self._phase[phase].observe(seconds)
-        self._last = report
-        self._observe_unsound(report)
         if report.drift:
-            self._drifts.inc(len(report.drift))
             self._last_drift.set(now)
-        if report.swap is not None:
-            self._swaps[report.swap.reason].inc()
-        self.replay_size.set(report.replay.size)
-        self.replay_capacity.set(report.replay.capacity)
+        self._last = report
         self._waiting.add(report)
-        self.pending.set(report.pending)
-        self.joined.inc(report.joined - self._joined)
-        self.expired.inc(report.expired - self._expired)
-        self._joined, self._expired = report.joined, report.expired
 
-    def _observe_unsound(self, report: Report) -> None:
-        for name, counts in report.unsound.items():
-            for action, count in counts.items():
-                if more := count - self._unsound.get((name, action), 0):
-                    self._nonfinite[name, action].inc(more)
-                    self._unsound[name, action] = count
-
-    def _take_in(self, seen: Sequence["Seen"]) -> None:
+    def _add_up(self, reports: Sequence[Report]) -> None:
         """Add up what was told of several batches, all at once."""
-        scored = [one.scored for one in seen]
+        sizes = [report.size for report in reports]
+        self._feed_records.inc(sum(sizes))
+        self.steps.inc(len(reports))
+        self.trained.inc(sum(report.trained for report in reports))
+        self.taught.inc(sum(report.taught for report in reports))
+        self.batch_records.observe(sizes)
+        for number, phase in enumerate(PHASES):
+            self.step_duration.observe([report.seconds[phase] for report in reports if phase in report.seconds], number)
+        self._drifts.inc(sum(len(report.drift) for report in reports))
+        for report in reports:
+            if report.swap is not None:
+                self._swaps[report.swap.reason].inc()
+        self.replay_priority.observe(torch.cat([report.replay.priorities for report in reports]))
+        self.replay_age.observe(torch.cat([report.replay.ages for report in reports]))
+        self._add_up_scores([report.scored for report in reports])
+        self._add_up_updates([report.learned for report in reports if report.trained])
+        self._add_up_counts(reports[-1])
+
+    def _add_up_scores(self, scored: Sequence[Scored]) -> None:
         y = torch.cat([one.y for one in scored])
         right = torch.cat([one.answers for one in scored], 1) == y
         for evaluated, correct, count in zip(self._evaluated, self._correct, right.sum(1).tolist(), strict=True):
             evaluated.inc(len(y))
             correct.inc(count)
-        self.replay_priority.observe(torch.cat([one.priorities for one in seen]).numpy())
-        self.replay_age.observe(torch.cat([one.ages for one in seen]).numpy())
-        trained = [one.learned for one in seen if one.learned]
-        updates = list(chain.from_iterable(trained))
+
+    def _add_up_updates(self, learned: Sequence[Sequence[Learned]]) -> None:
+        """Of each batch, the mean of what its updates came to."""
+        if not learned:
+            return
+        updates, sizes = list(chain.from_iterable(learned)), [len(one) for one in learned]
         agreed, compared = agreement(updates)
         self.agreed.inc(agreed)
         self.compared.inc(compared)
-        if trained:
-            sizes = [len(one) for one in trained]
-            told = np.add.reduceat(means(updates), np.cumsum([0, *sizes[:-1]])) / np.array(sizes)[:, None, None]
-            self.loss.observe(told[:, [0, 1, 3]].reshape(len(trained), -1))
-            self.divergence.observe(told[:, 2])
-            self.gradient_norm.observe(told[:, 4])
+        told = np.add.reduceat(means(updates), np.cumsum([0, *sizes[:-1]])) / np.array(sizes)[:, None, None]
+        self.loss.observe(told[:, [0, 1, 3]].reshape(len(learned), -1))
+        self.divergence.observe(told[:, 2])
+        self.gradient_norm.observe(told[:, 4])
+
+    def _add_up_counts(self, last: Report) -> None:
+        """What the engine itself counts, from its start."""
+        for name, counts in last.unsound.items():
+            for action, count in counts.items():
+                self._nonfinite[name, action].inc(count - self._unsound.get((name, action), 0))
+                self._unsound[name, action] = count
+        self.joined.inc(last.joined - self._joined)
+        self.expired.inc(last.expired - self._expired)
+        self._joined, self._expired = last.joined, last.expired
 
     def _show(self, peers: Sequence[str], sources: Sequence[tuple[str, str]]) -> None:
         """Let what changes with every batch be read off the last report whenever somebody asks."""
@@ -251,6 +238,9 @@ class Metrics:
         def last(read: Callable[[Report], float]) -> Callable[[], float]:
             return lambda: 0.0 if self._last is None else read(self._last)
 
+        self.replay_size.set_function(last(lambda report: report.replay.size))
+        self.replay_capacity.set_function(last(lambda report: report.replay.capacity))
+        self.pending.set_function(last(lambda report: report.pending))
         for name in peers:
             for gauge, field in (
                 (self.served_weight.labels(peer=name), "weight"),
@@ -316,12 +306,12 @@ class Metrics:
 
     def observe_stage(self, seconds: float) -> None:
         """Take in for how long learning waited for a checkpoint: for a copy in memory, not for the disk."""
-        self._phase["checkpoint"].observe(seconds)
+        self.step_duration.observe([seconds], PHASES.index("checkpoint"))
 
     def observe_save(self, *, seconds: float, size: int, now: float) -> None:
         """Take in a checkpoint that was saved."""
         self._saves["success"].inc()
-        self.save_duration.observe(seconds)
+        self.save_duration.observe([seconds])
         self.save_size.set(size)
         self.last_save.set(now)
 
@@ -351,116 +341,3 @@ def _in_office(report: Report, *, name: str) -> float:
 
 def _listens(report: Report, *, pair: tuple[str, str]) -> float:
     return report.alphas.get(pair, 0.0)
-
-
-class BulkSummary(Collector):
-    """Sums and counts of several series, which take many values of each in one call.
-
-    Args:
-        name: of the metric.
-        text: its help.
-        labels: their names.
-        series: their values, for each series.
-        registry: which it joins.
-    """
-
-    def __init__(
-        self, name: str, text: str, labels: Sequence[str], series: Sequence[Sequence[str]], registry: CollectorRegistry
-    ) -> None:
-        self._name, self._text, self._labels, self._series = name, text, labels, series
-        self._counts: NDArray[np.int64] = np.zeros(len(series), dtype=np.int64)
-        self._sums = np.zeros(len(series))
-        registry.register(self)
-
-    def observe(self, values: NDArray[np.float64]) -> None:
-        """Take in `values` `[m, series]`, those that are finite: a sum that took in a NaN would be NaN for good."""
-        known = np.isfinite(values)
-        self._counts += known.sum(0)
-        self._sums += values.sum(0, where=known)
-
-    def collect(self) -> Iterator[SummaryMetricFamily]:
-        """Return the family, for the registry."""
-        family = SummaryMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, count, total in zip(self._series, self._counts.tolist(), self._sums.tolist(), strict=True):
-            family.add_metric(labels, count, total)
-        yield family
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What is kept of a report until it is added up: nothing that is as large as the records."""
-
-    scored: Scored
-    priorities: Tensor
-    ages: Tensor
-    learned: Sequence[Learned]
-
-
-class Waiting(Collector):
-    """Reports that were not added up yet: many together cost little more than one.
-
-    It comes first in its registry, so that whoever reads that finds everything added up.
-
-    Args:
-        take_in: adds them up.
-        registry: which it joins.
-    """
-
-    def __init__(self, take_in: Callable[[Sequence[Seen]], None], registry: CollectorRegistry) -> None:
-        self._take_in = take_in
-        self._seen: list[Seen] = []
-        self._lock = Lock()  # the registry is read on another thread
-        registry.register(self)
-
-    def add(self, report: Report) -> None:
-        """Keep what has to be added up."""
-        learned = report.learned if report.trained else ()
-        with self._lock:
-            self._seen.append(Seen(report.scored, report.replay.priorities, report.replay.ages, learned))
-            if len(self._seen) >= MOST_WAITING:
-                self._add_up()
-
-    def collect(self) -> Iterator[Metric]:
-        """Add up what waits; there is no metric of it."""
-        with self._lock:
-            self._add_up()
-        return iter(())
-
-    def _add_up(self) -> None:
-        if self._seen:
-            self._take_in(self._seen)
-            self._seen = []
-
-
-class BulkHistogram(Collector):
-    """A histogram that takes many values in one call; its labels, if it has any, have one value each."""
-
-    def __init__(
-        self,
-        name: str,
-        text: str,
-        buckets: Sequence[float],
-        registry: CollectorRegistry,
-        *,
-        labels: Mapping[str, str] | None = None,
-    ) -> None:
-        self._name, self._text = name, text
-        self._labels = dict(labels or {})
-        self._edges = np.array(buckets, dtype=np.float64)
-        self._counts: NDArray[np.int64] = np.zeros(len(buckets) + 1, dtype=np.int64)
-        self._sum = 0.0
-        registry.register(self)
-
-    def observe(self, values: NDArray[np.float64]) -> None:
-        """Take in `values` `[m]`."""
-        places = np.searchsorted(self._edges, values)
-        self._counts += np.bincount(places, minlength=len(self._counts))
-        self._sum += float(values.sum())
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        """Return the family, for the registry."""
-        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
-        edges = [str(float(edge)) for edge in self._edges] + ["+Inf"]
-        totals = self._counts.cumsum().tolist()
-        family.add_metric(list(self._labels.values()), list(zip(edges, totals, strict=True)), self._sum)
-        yield family

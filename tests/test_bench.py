@@ -345,6 +345,7 @@ def test_the_bare_loop_learns_the_lessons_of_streamkd() -> None:
         teach=True,
         sources=sources,
         students=students,
+        ends=torch.cat([sources, students]),
         alphas=by_hand.ALPHA * same,
         portions=same,
         temperatures=by_hand.TEMPERATURE * same,
