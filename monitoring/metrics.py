@@ -75,6 +75,7 @@ class Metrics:
         actions = ("skipped", "rolled_back", "restarted")
         self._nonfinite = {(p, a): self.nonfinite.labels(peer=p, action=a) for p in peers for a in actions}
         self._last: Report | None = None
+        self._received = 0.0
         self._show(peers, sources)
         self._swaps = {reason: self.swaps.labels(reason=reason) for reason in SWAP_REASONS}
         self._drifts = self.drifts.labels(detector=detector, signal=signal)
@@ -82,7 +83,7 @@ class Metrics:
         self._feed = feed
         self._feed_records = self.feed_records.labels(feed=feed)
         self._feed_connected = self.feed_connected.labels(feed=feed)
-        self._feed_received = self.feed_received.labels(feed=feed)
+        self.feed_received.labels(feed=feed).set_function(lambda: self._received)
         self._refused = {reason: self.dead_letters.labels(feed=feed, reason=reason) for reason in reasons}
         self._untimed = self.feed_errors.labels(feed=feed, stage="time", error_type="unreadable")
         self._unwritten = self.feed_errors.labels(feed=feed, stage="dead_letter", error_type="write")
@@ -176,10 +177,9 @@ class Metrics:
             report: what happened.
             now: seconds since the epoch.
         """
-        self._feed_received.set(now)
         if report.drift:
             self._last_drift.set(now)
-        self._last = report
+        self._last, self._received = report, now
         self._waiting.add(report)
 
     def _add_up(self, reports: Sequence[Report]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import isfinite
 from typing import Any
 
@@ -167,9 +168,8 @@ def agreement(updates: Sequence[Learned]) -> tuple[int, int]:
     if not updates:
         return 0, 0
     answers = _beside([one.answers for one in updates], 1)
-    peers, examples = answers.shape
-    same = int(np.count_nonzero(answers[:, None] == answers))
-    return (same - answers.size) // 2, examples * peers * (peers - 1) // 2
+    same = [int(np.count_nonzero(one == other)) for one, other in combinations(answers, 2)]
+    return sum(same), len(same) * answers.shape[1]
 
 
 def _beside(parts: Sequence[Tensor], along: int = 0) -> NDArray[Any]:

@@ -113,6 +113,10 @@ class ReplayBuffer:
         """`[capacity]`."""
         return torch.from_numpy(self._priorities)
 
+    def priorities_at(self, slots: Tensor) -> Tensor:
+        """Return the priorities `[m]` of what lies at `slots` `[m]` now."""
+        return torch.from_numpy(self._priorities[slots.numpy()])
+
     @property
     def births(self) -> Tensor:
         """`[capacity]`, how many records had come before each."""
