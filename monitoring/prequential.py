@@ -45,11 +45,12 @@ class Tally:
         self.records = 0
         self.unlabelled = 0
         self.scored = 0
-        self.confusion: dict[str, NDArray[np.int64]] = {}
         self.drifts: list[int] = []
         self.swaps: list[dict[str, Any]] = []
-        self.recent: dict[str, Recent] = {}
-        self._log_loss: dict[str, float] = {}
+        self._names: list[str] = []  # those who are scored, then the baselines
+        self._confusion: NDArray[np.int64] = np.zeros((0, 0, 0), dtype=np.int64)  # [names, classes, classes]
+        self._recent: NDArray[np.bool_] = np.zeros((0, WINDOW), dtype=bool)  # [names, records]: who was right
+        self._log_losses = np.zeros(0)
         self._last = 0
         self._frequencies = np.zeros(1, dtype=np.int64)
 
@@ -68,39 +69,46 @@ class Tally:
                     "reason": swap.reason,
                 }
             )
-        y = report.scored.y.cpu().numpy()
+        y = report.scored.y.numpy()
         if not len(y):
             return
+        if not self._names:
+            self._names = [*report.scored.names, NO_CHANGE, MAJORITY]
+            self._confusion = np.zeros((len(self._names), 0, 0), dtype=np.int64)
+            self._recent = np.zeros((len(self._names), WINDOW), dtype=bool)
+            self._log_losses = np.zeros(len(report.scored.names))
+        baselines = np.repeat([[self._last], [int(self._frequencies.argmax())]], len(y), 1)
+        answers = np.concatenate([report.scored.answers.numpy(), baselines])
+        self._count(y, answers)
+        self._log_losses += report.scored.losses.numpy().sum(1, dtype=np.float64)
+        self._recent[:, (self.scored + np.arange(len(y)))[-WINDOW:] % WINDOW] = (answers == y)[:, -WINDOW:]
         self.scored += len(y)
-        for name, predicted in report.scored.predicted.items():
-            self._count(name, y, predicted.cpu().numpy())
-            loss = float(report.scored.log_loss[name].sum())
-            self._log_loss[name] = self._log_loss.get(name, 0.0) + loss
-        self._count(NO_CHANGE, y, np.full_like(y, self._last))
-        self._count(MAJORITY, y, np.full_like(y, int(self._frequencies.argmax())))
         self._last = int(y[-1])
         more = np.bincount(y, minlength=len(self._frequencies))
         more[: len(self._frequencies)] += self._frequencies
         self._frequencies = more
 
-    def _count(self, name: str, y: NDArray[np.int64], predicted: NDArray[np.int64]) -> None:
-        if name not in self.confusion:
-            self.confusion[name] = np.zeros((0, 0), dtype=np.int64)
-            self.recent[name] = Recent()
-        wider = int(max(y.max(), predicted.max())) + 1 - len(self.confusion[name])
+    def _count(self, y: NDArray[np.int64], answers: NDArray[np.int64]) -> None:
+        """Count the answers `[names, m]` to records of the classes `y` `[m]`."""
+        wider = int(max(y.max(), answers.max())) + 1 - self._confusion.shape[1]
         if wider > 0:  # tables are as large as the classes met, not as those that may come
-            self.confusion[name] = np.pad(self.confusion[name], (0, wider))
-        np.add.at(self.confusion[name], (y, predicted), 1)
-        self.recent[name].update(y == predicted)
+            self._confusion = np.pad(self._confusion, ((0, 0), (0, wider), (0, wider)))
+        names, classes, _ = self._confusion.shape
+        cells = np.arange(names)[:, None] * classes**2 + y * classes + answers
+        np.add.at(self._confusion.reshape(-1), cells.ravel(), 1)
+
+    def recent(self, name: str) -> float:
+        """Return the accuracy of one over the last `WINDOW` labelled records; 0 before the first."""
+        hits = int(self._recent[self._names.index(name)].sum()) if name in self._names else 0
+        return hits / max(1, min(self.scored, WINDOW))
 
     def measures(self) -> Mapping[str, Measures]:
         """Return the measures of every predictor: the served answer first, then peers, then baselines."""
-        baseline = _accuracy(self.confusion[NO_CHANGE]) if self.scored else 0.0
-        names = sorted(self.confusion, key=lambda name: (name in {NO_CHANGE, MAJORITY}, name != SERVED))
-        return {name: self._measure(name, baseline) for name in names}
+        names = sorted(self._names, key=lambda name: (name in {NO_CHANGE, MAJORITY}, name != SERVED))
+        return {name: self._measure(self._names.index(name)) for name in names}
 
-    def _measure(self, name: str, no_change: float) -> Measures:
-        table = self.confusion[name]
+    def _measure(self, number: int) -> Measures:
+        table, no_change = self._confusion[number], _accuracy(self._confusion[self._names.index(NO_CHANGE)])
         accuracy, occurred = _accuracy(table), table.sum(1) > 0
         recall = np.diag(table)[occurred] / table.sum(1)[occurred]
         chance = float((table.sum(0) / self.scored) @ (table.sum(1) / self.scored))
@@ -109,27 +117,8 @@ class Tally:
             balanced_accuracy=float(recall.mean()),
             cohen_kappa=_beyond(accuracy, chance),
             temporal_kappa=_beyond(accuracy, no_change),
-            log_loss=self._log_loss[name] / self.scored if name in self._log_loss else None,
+            log_loss=float(self._log_losses[number]) / self.scored if number < len(self._log_losses) else None,
         )
-
-
-class Recent:
-    """Accuracy over the last `WINDOW` labelled records."""
-
-    def __init__(self) -> None:
-        self._hits = np.zeros(WINDOW, dtype=bool)
-        self._count = 0
-
-    def update(self, hits: NDArray[np.bool_]) -> None:
-        """Take in which of some answers were right, in order."""
-        slots = (self._count + np.arange(len(hits))) % WINDOW
-        self._hits[slots[-WINDOW:]] = hits[-WINDOW:]
-        self._count += len(hits)
-
-    @property
-    def accuracy(self) -> float:
-        """Between 0 and 1; 0 before the first record."""
-        return float(self._hits.sum()) / max(1, min(self._count, WINDOW))
 
 
 def _accuracy(table: NDArray[np.int64]) -> float:

@@ -26,7 +26,7 @@ class Trace:
             return
         self.records.append(tally.scored)
         for name in [*report.peers, SERVED]:
-            self.accuracy.setdefault(name, []).append(tally.recent[name].accuracy)
+            self.accuracy.setdefault(name, []).append(tally.recent(name))
         if len(self.records) >= MOST_POINTS:
             self.records = self.records[1::2]
             self.accuracy = {name: points[1::2] for name, points in self.accuracy.items()}

@@ -102,9 +102,7 @@ def plain(console: Console, tally: Tally, every: int) -> Callable[[Report], None
             swap = report.swap
             console.print(f"{report.records:>9,}  role swap: {swap.before} to {swap.after} ({swap.reason})")
         if report.records // every > (report.records - report.size) // every:
-            accuracies = ", ".join(
-                f"{name} {100 * tally.recent[name].accuracy:.1f} %" for name in [SERVED, *report.peers]
-            )
+            accuracies = ", ".join(f"{name} {100 * tally.recent(name):.1f} %" for name in [SERVED, *report.peers])
             console.print(f"{report.records:>9,}  {accuracies}; teacher {report.teacher}", soft_wrap=True)
 
     return line

@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from worlds import batches, engine
 
-from monitoring.prequential import MAJORITY, NO_CHANGE, WINDOW, Recent, Tally
+from monitoring.prequential import MAJORITY, NO_CHANGE, WINDOW, Tally
 from monitoring.trace import MOST_POINTS, Trace
+from streamkd.report import Scored
 
 
 def test_the_measures_are_those_of_their_definitions() -> None:
@@ -53,12 +57,16 @@ def test_the_baselines_know_only_the_batches_before() -> None:
 @settings(max_examples=30, deadline=None)
 @given(sizes=st.lists(st.integers(1, 1500), min_size=1, max_size=6), seed=st.integers(0, 99))
 def test_recent_accuracy_is_that_of_the_last_thousand(sizes: list[int], seed: int) -> None:
-    generator, recent, every = np.random.default_rng(seed), Recent(), np.zeros(0, dtype=bool)
+    chance, tally, every = torch.Generator().manual_seed(seed), Tally(), list[Tensor]()
+    assert tally.recent("served") == 0
+    told = engine().step(batches()[0])
     for size in sizes:
-        hits = generator.random(size) < 0.6
-        recent.update(hits)
-        every = np.concatenate([every, hits])
-    assert recent.accuracy == pytest.approx(every[-WINDOW:].mean())
+        y, answers = torch.randint(0, 3, (size,), generator=chance), torch.randint(0, 3, (4, size), generator=chance)
+        scored = Scored(("a", "b", "c", "served"), y, answers, torch.zeros(4, size))
+        tally.update(replace(told, scored=scored))
+        every.append(scored.right)
+    for name, hits in zip(("a", "b", "c", "served"), torch.cat(every, 1), strict=True):
+        assert tally.recent(name) == pytest.approx(float(hits[-WINDOW:].double().mean()))
 
 
 def test_a_trace_stays_small_and_in_order_however_long_the_stream() -> None:
