@@ -15,7 +15,7 @@ from monitoring.prequential import MAJORITY, NO_CHANGE, Tally
 from monitoring.trace import Trace
 from runners import session, warm_start
 from runners.settings import Configuration
-from streamkd.batch import UNLABELLED
+from streamkd.batch import UNLABELLED, labelled
 from streamkd.errors import ConfigError
 from streamkd.report import SERVED, score
 
@@ -106,7 +106,9 @@ def evaluate(
             else:
                 revealed = torch.rand(len(batch), generator=chance) < labels
                 report = running.step(replace(batch, y=torch.where(revealed, batch.y, UNLABELLED)))
-                report = replace(report, scored=score(list(report.peers), batch.y, report.log_p, report.served))
+                known = labelled(batch.y)
+                scored = score(list(report.peers), batch.y[known], report.log_p[:, known], report.served[known])
+                report = replace(report, scored=scored)
             tally.update(report)
             trace.update(report, tally)
             if report.step % 16 == 0:

@@ -454,6 +454,12 @@ def test_labels_that_are_never_revealed_are_scored_all_the_same(
     assert (found["records"], found["labelled"]) == (1_600, 1_600)
     assert 1_300 < found["unlabelled"] < 1_550
     assert found["accuracy"] > 0.6
+    lines = Path("d.csv").read_text(encoding="utf-8").splitlines()
+    holes = [line.rpartition(",")[0] + "," if row % 4 == 1 else line for row, line in enumerate(lines)]
+    Path("holes.csv").write_text("\n".join(holes) + "\n", encoding="utf-8")
+    assert streamkd(monkeypatch, *("holes.csv" if word == "d.csv" else word for word in few)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["records"], found["labelled"]) == (1_600, 1_200)
     assert streamkd(monkeypatch, *few, "--set", "labels.delay=3") == 2
     assert streamkd(monkeypatch, *few[:-3], "0") == 2
     assert "--labels 0" in capsys.readouterr().err
