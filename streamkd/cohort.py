@@ -93,11 +93,7 @@ class Cohort:
         self._wanted = compiled
         self._plain = self._by_itself()
         self.fused = self._fused() if compiled else None
-        self.by_hand = (
-            self._plain
-            and self.fused is None
-            and all(isinstance(group, Stack) and group.by_hand for group in self.groups)
-        )
+        self.by_hand = self._plain and all(isinstance(group, Stack) and group.by_hand for group in self.groups)
         self._lessons: Pairs | None = None
         self._pairs: tuple[tuple[tuple[int, int], ...], Tensor, Tensor, Tensor, Tensor] | None = None
 
