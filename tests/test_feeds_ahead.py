@@ -494,3 +494,25 @@ def test_ids_come_in_order_however_many_may_wait(tmp_path: Path) -> None:
         with closing(opened(refuse=lambda _: None)) as feed:
             batches = list(iter(lambda feed=feed: feed.poll(7), None))
         assert names(batches) == [f"r{n}" for n in range(300)], most
+
+
+def test_the_demo_knows_its_stream_whatever_is_around_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    around = ["--set", "read_ahead=2", "--set", "labels.delay=20"]
+    assert streamkd(monkeypatch, "demo", "--records", "200", "--port", "0", "--no-live", *around) == 0
+    assert "200 records, true drifts at 40, 80, 120, 160" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_benchmark_evaluates_every_feed_with_and_without(
+    server: Broker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("redis", reason="the client is not installed: pip install 'streamkd[redis]'")
+    server.start()
+    options = ["--records", "20", "--most", "2", "--rounds", "1", "--url", f"redis://127.0.0.1:{server.port}/0"]
+    assert streamkd(monkeypatch, "bench", "ahead", *options, "--json", "-") == 0
+    speeds = json.loads(capsys.readouterr().out)["records_per_second"]
+    assert [*speeds][-2:] == ["200 rows of CSV", "the same in Redis"]
+    assert len(speeds) == 5
+    assert all(speed > 0 for ways in speeds.values() for way in ways.values() for speed in way)
