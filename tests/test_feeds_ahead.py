@@ -242,7 +242,6 @@ def test_what_waits_is_counted_as_waiting() -> None:
 
 
 def test_a_feed_that_has_nothing_is_asked_once_more_for_each_time_that_its_reader_asks() -> None:
-    """Its empty batches do not wait in front of what comes then."""
     feed = Scripted([2, *[0] * 40, 3])
     with closing(wrapped(feed)) as ahead:
         sizes = []
@@ -255,23 +254,35 @@ def test_a_feed_that_has_nothing_is_asked_once_more_for_each_time_that_its_reade
     assert sizes == [2, *[0] * (len(sizes) - 2), 3]
 
 
+def test_an_empty_batch_waits_in_front_of_no_other() -> None:
+    first_taken = threading.Event()
+    feed = Scripted([1, lambda: int(first_taken.wait(PATIENCE)), 1, 0, 0, 1])
+    with closing(wrapped(feed, 8)) as ahead:
+        sizes = []
+        for polls in (4, 5, 6, 6):
+            sizes.append(len(ahead.poll(1) or ()))
+            first_taken.set()
+            assert waited(lambda polls=polls: feed.polls == polls, every=0.001)
+            ahead.commit({"polls": 0})  # when that poll is over
+    assert sizes == [1, 1, 1, 1]
+
+
 def test_what_was_decoded_ahead_is_dropped_by_a_seek_and_refused_no_earlier_than_taken() -> None:
     refused: list[DeadLetter] = []
     feeds: list[Scripted] = []
 
     def opened(keep: Refuse) -> Feed:
-        feeds.append(Scripted([1] * 9, keep, refusals={1: 1, 3: 2}))
+        feeds.append(Scripted([1] * 9, keep, refusals={1: 1, 3: 2, 6: 1}))
         return feeds[-1]
 
     with closing(Ahead(opened, refused.append, 8)) as ahead:
-        first = ahead.poll(1)
-        assert first is not None
+        ahead.poll(1)
         assert waited(lambda: feeds[0].polls == 9, every=0.001)
         assert not refused
-        ahead.seek(first.position)
-        left = [batch for _ in range(8) if (batch := ahead.poll(1)) is not None]
-        assert [int(batch.x) for batch in left] == [*range(1, 9)]
-        assert [(letter.place["poll"], letter.place["number"]) for letter in refused] == [(1, 0), (3, 0), (3, 1)]
+        ahead.seek({"polls": 4, "given": 4})
+        left = [batch for _ in range(5) if (batch := ahead.poll(1)) is not None]
+        assert [int(batch.x) for batch in left] == [4, 5, 6, 7, 8]
+        assert [letter.place for letter in refused] == [{"poll": 6, "number": 0}]
 
 
 def test_positions_and_classes_given_before_the_first_poll_reach_the_feed() -> None:
