@@ -515,10 +515,10 @@ def feeds(
 def ahead(
     *,
     records: Annotated[
-        int, Parameter(validator=Number(gte=100), help="Images; tables have ten times as many.")
+        int, Parameter(validator=Number(gte=10), help="Images of each size; tables have ten times as many.")
     ] = 2_000,
-    most: Annotated[int, Parameter(validator=Number(gte=1), help="Batches decoded ahead.")] = 8,
-    rounds: Annotated[int, Parameter(validator=Number(gte=1), help="Turns of each; the medians are over these.")] = 5,
+    most: Annotated[int, Parameter(validator=Number(gte=1, lte=1_024), help="Batches decoded ahead.")] = 8,
+    rounds: Rounds = 5,
     url: Annotated[str, Parameter(help="Of a Redis server; one is started, unless it is given.")] = "",
     json: Json = None,
 ) -> None:
