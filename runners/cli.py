@@ -511,6 +511,23 @@ def feeds(
     runner(data, label, passes=passes, url=url, console=Console())
 
 
+@bench.command
+def ahead(
+    *,
+    records: Annotated[
+        int, Parameter(validator=Number(gte=10), help="Images of each size; tables have ten times as many.")
+    ] = 2_000,
+    most: Annotated[int, Parameter(validator=Number(gte=1, lte=1_024), help="Batches decoded ahead.")] = 8,
+    rounds: Rounds = 5,
+    url: Annotated[str, Parameter(help="Of a Redis server; one is started, unless it is given.")] = "",
+    json: Json = None,
+) -> None:
+    """Evaluate images, a table and a stream, decoded ahead (`read_ahead`) and not; print how fast."""
+    from runners.bench.ahead import main as runner
+
+    runner(records=records, most=most, rounds=rounds, url=url, json_to=json)
+
+
 def main() -> None:
     """Run a command; end with the exit code that its mistake calls for, and without a traceback."""
     sys.path.insert(0, "")  # module:Name in a configuration may be a file of the current folder

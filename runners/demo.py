@@ -3,7 +3,6 @@
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import cast
 
 from rich.console import Console
 from rich.table import Table
@@ -14,7 +13,6 @@ from monitoring.trace import Trace
 from runners import logs, picture, session
 from runners.daemon import Daemon
 from runners.evaluate import Evaluation, table
-from runners.feeds.drifting import DriftingFeed
 from runners.settings import Configuration
 from runners.view import View, plain
 from streamkd.report import SERVED, Report
@@ -38,7 +36,8 @@ def run(configuration: Configuration, console: Console, *, live: bool, file: Pat
 
 def _learn(running: session.Session, console: Console, *, live: bool, file: Path) -> None:
     configuration = running.configuration
-    feed = cast("DriftingFeed", running.feed)
+    about = running.feed.describe()
+    records, drifts = about["records"], about["drifts"]
     tally, trace = Tally(), Trace()
 
     def keep(report: Report) -> None:
@@ -47,10 +46,10 @@ def _learn(running: session.Session, console: Console, *, live: bool, file: Path
 
     log = logs.configure("error")
     address = f"http://{configuration.http.host}"
-    heading = f"{feed.records:,} records, true drifts at {', '.join(f'{record:,}' for record in feed.drifts)}"
+    heading = f"{records:,} records, true drifts at {', '.join(f'{record:,}' for record in drifts)}"
     began = time.perf_counter()
     with ExitStack() as stack:
-        lines = [] if live else [plain(console, tally, max(1, feed.records // 10))]
+        lines = [] if live else [plain(console, tally, max(1, records // 10))]
         daemon = Daemon(running, log, keep, *lines, resume=False)
         daemon.on_listening = lambda port: console.print(f"{address}:{port}/metrics  /healthz  /readyz")
         if live:
@@ -59,7 +58,7 @@ def _learn(running: session.Session, console: Console, *, live: bool, file: Path
                 console,
                 lambda: reader.read(metrics.registry.collect(), time.time()),
                 heading=lambda: heading,
-                total=feed.records,
+                total=records,
             )
             stack.enter_context(view.live)
         else:
@@ -68,8 +67,8 @@ def _learn(running: session.Session, console: Console, *, live: bool, file: Path
     seconds = time.perf_counter() - began
     result = Evaluation(configuration.seed, configuration.batch, tally, trace, seconds, {}, [])
     console.print(table([result]))
-    console.print(recoveries(tally, trace, feed.drifts))
-    picture.draw(file, tally, trace, title=f"A made-up stream with {len(feed.drifts)} drifts", drifts=feed.drifts)
+    console.print(recoveries(tally, trace, drifts))
+    picture.draw(file, tally, trace, title=f"A made-up stream with {len(drifts)} drifts", drifts=drifts)
     console.print(f"picture: {file}")
 
 

@@ -11,11 +11,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from runners.feeds import KINDS, Feed, Refuse
+from runners.feeds.ahead import Ahead
 from runners.feeds.delayed import Delayed
 from runners.feeds.joined import Joined
 from runners.predictions import KINDS as SINKS
 from runners.predictions import Predictions
 from runners.shipped import shipped
+from streamkd.config import resolve_device
 from streamkd.errors import ConfigError, FeedError, StreamkdError, reason
 from streamkd.parts import make
 from streamkd.settings import EngineSettings, LabelSettings, Part, Settings, validate
@@ -74,6 +76,15 @@ class Configuration(EngineSettings):
     threads: Annotated[
         int, Field(ge=0, le=1_024, description="of torch; 0 leaves it to torch. Small models are fastest on one")
     ] = 1
+    read_ahead: Annotated[
+        int,
+        Field(
+            ge=0,
+            le=1_024,
+            description="batches decoded while earlier ones are learned, on a thread of their own; 0: none. Pays where "
+            "decoding takes long, as that of images does",
+        ),
+    ] = 0
     shutdown_timeout_seconds: Annotated[
         float, Field(gt=0, le=86_400, description="for the last step and the last save, once asked to stop")
     ] = 25.0
@@ -104,6 +115,12 @@ class Configuration(EngineSettings):
             ConfigError: a setting of the feed is missing or does not fit.
             FeedError: it cannot be reached.
         """
+        if not self.read_ahead:
+            return self._open_feed(refuse)
+        device = resolve_device(self.device, deterministic=self.deterministic)
+        return Ahead(self._open_feed, refuse, self.read_ahead, pinned=device.type == "cuda")
+
+    def _open_feed(self, refuse: Refuse) -> Feed:
         if self.feed is None:
             raise ConfigError("feed.kind: missing; name the feed, e.g. [feed] kind = 'csv', path = 'data.csv'")
         if self.labels.delay > self.labels.pending_capacity:

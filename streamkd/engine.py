@@ -197,7 +197,7 @@ class Engine:
         self._seen = self.seen[: self._width].to(self.device)
 
     def _predict(self, batch: Batch) -> Answers:
-        x, y = batch.x.detach().to(self.device), batch.y.to("cpu", torch.int64)
+        x, y = batch.x.detach().to(self.device, non_blocking=True), batch.y.to("cpu", torch.int64)
         self._check(y, batch.late.values())
         said = Answers(x, y, *self._answer(x))
         self.inputs.update(x)

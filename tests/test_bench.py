@@ -293,6 +293,8 @@ def test_a_file_that_is_not_there_or_cannot_be_written_ends_with_two_or_three(
         ("soak", "--batch", "0"),
         ("ablation", "--jobs", "0"),
         ("feeds", "d.csv", "--label", "y", "--passes", "0"),
+        ("ahead", "--rounds", "0"),
+        ("ahead", "--most", "0"),
     ],
 )
 def test_to_do_nothing_is_refused_before_anything_is_done(

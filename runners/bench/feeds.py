@@ -52,7 +52,7 @@ def main(data: Path, label: str, *, passes: int, url: str, console: Console) -> 
         console.print(f"{name}, {one:,.0f} records per second")
     file: list[Pass] = []
     stream: list[Pass] = []
-    with _server(url) as at:
+    with server(url) as at:
         for _ in range(passes):
             file.append(learn([f"feed.path={data}", f"feed.label={label}"]))
             stream.append(published(data, label, at))
@@ -129,7 +129,7 @@ def publish(data: Path, url: str) -> None:
 
 
 @contextmanager
-def _server(url: str) -> Iterator[str]:
+def server(url: str) -> Iterator[str]:
     """Give the address of a server: the user's, or one that is started for as long as it is needed."""
     if url:
         yield url

@@ -209,10 +209,10 @@ def arguments(configuration: str, directory: Path, feed: Sequence[str] = ()) -> 
     return ["run", configuration, *(f"--set={setting}" for setting in given)]
 
 
-def write_table(path: Path) -> None:
+def write_table(path: Path, records: int = RECORDS) -> None:
     """Write a stream that drifts as CSV."""
-    feed = drifting(records=RECORDS)
-    batch = feed.poll(RECORDS)
+    feed = drifting(records=records)
+    batch = feed.poll(records)
     rows = [] if batch is None else zip(batch.x.tolist(), batch.y.tolist(), strict=True)
     header = ",".join([*(f"x{column}" for column in range(feed.shape[0])), "y"])
     path.write_text("\n".join([header, *(",".join(map(str, [*x, y])) for x, y in rows)]) + "\n", encoding="utf-8")

@@ -96,6 +96,7 @@ class Feed(Protocol):
 
     A source that goes away while the feed is read is no error: `poll` gives empty batches, `connected` is false, and
     the feed tries again by itself, waiting longer every time. `runners.feeds.conformance` has the laws that feeds keep.
+    With `read_ahead` it is polled by another thread than the one that opened it, never by two at once.
 
     Attributes:
         name: for metrics.
