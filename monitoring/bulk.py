@@ -18,7 +18,7 @@ MOST_NUMBERS = 100_000
 
 
 class BulkHistogram(Collector):
-    """Histograms of one name, which take many values of one of them in one call.
+    """Histograms of one name, which take many values in one call.
 
     Args:
         name: of the metric.
@@ -45,12 +45,13 @@ class BulkHistogram(Collector):
         self._sums = np.zeros(len(series))
         registry.register(self)
 
-    def observe(self, values: ArrayLike, number: int = 0) -> None:
-        """Take in `values` `[m]` of the histogram of a number."""
+    def observe(self, values: ArrayLike, numbers: ArrayLike = 0) -> None:
+        """Take in `values` `[m]`, each of the histogram of its number, `[m]`, or all of one."""
         told = np.asarray(values, dtype=np.float64)
-        places = np.searchsorted(self._edges, told)
-        self._counts[number] += np.bincount(places, minlength=len(self._edges) + 1)
-        self._sums[number] += told.sum()
+        which = np.broadcast_to(np.asarray(numbers), told.shape)
+        cells = which * self._counts.shape[1] + np.searchsorted(self._edges, told)
+        self._counts += np.bincount(cells, minlength=self._counts.size).reshape(self._counts.shape)
+        self._sums += np.bincount(which, told, minlength=len(self._sums))
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """Return the family, for the registry."""

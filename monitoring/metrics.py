@@ -190,8 +190,8 @@ class Metrics:
         self.trained.inc(sum(report.trained for report in reports))
         self.taught.inc(sum(report.taught for report in reports))
         self.batch_records.observe(sizes)
-        for number, phase in enumerate(PHASES):
-            self.step_duration.observe([report.seconds[phase] for report in reports if phase in report.seconds], number)
+        spent = [(PHASES.index(phase), time) for report in reports for phase, time in report.seconds.items()]
+        self.step_duration.observe([time for _, time in spent], [number for number, _ in spent])
         self._drifts.inc(sum(len(report.drift) for report in reports))
         for report in reports:
             if report.swap is not None:

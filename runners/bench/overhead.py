@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from monitoring.bulk import MOST_WAITING
 from monitoring.metrics import Metrics
 from runners.bench import by_hand
 from runners.bench.pairs import Ratio, in_turn, ratio
@@ -24,7 +25,7 @@ from streamkd.models import cnn, mlp
 FEATURES, CLASSES = 33, 6
 IMAGE = (1, 28, 28)
 RATES = (0.3, 0.1, 0.03)
-EACH, WARM_UP = 50, 150
+EACH, WARM_UP = MOST_WAITING, 150
 
 
 def main(*, rounds: int, json_to: str | None) -> None:
