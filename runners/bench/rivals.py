@@ -1,5 +1,6 @@
 """`streamkd bench rivals`: our default beside what one would otherwise install, on the same batches in the same run."""
 
+import gc
 import os
 import platform
 import time
@@ -21,6 +22,7 @@ from rich.text import Text
 from runners.bench.learners import OURS, PACE, RIVALS, Learner, Rival
 from runners.bench.streams import Records, streams
 from runners.eval_command import check_targets, write_json
+from runners.session import settle
 from streamkd.batch import Batch, labelled
 from streamkd.errors import reason
 
@@ -198,6 +200,7 @@ def go(
     """
     count = scored = hits = unchanged = last = 0
     seconds = busy = 0.0
+    settle()
     for number, (batch, x) in enumerate(zip(batches, filled, strict=True)):
         known = labelled(batch.y)
         whole = bool(known.all())
@@ -218,6 +221,7 @@ def go(
         last = y[-1] if y else last
         if number % 16 == 0:
             progress(count)
+    gc.unfreeze()
     progress(count)
     return Pass(scored, hits / max(1, scored), unchanged / max(1, scored), seconds, busy)
 
