@@ -54,9 +54,6 @@ class Cohort:
         distillation: how they teach one another.
         capacity: what their capacities are measured by, started; by default they are numbers of parameters.
         compiled: whether updates are compiled, those that can be.
-
-    Attributes:
-        by_hand: whether nothing of an update is left to torch's autograd.
     """
 
     def __init__(
@@ -93,7 +90,6 @@ class Cohort:
         self._wanted = compiled
         self._plain = self._by_itself()
         self.fused = self._fused() if compiled else None
-        self.by_hand = self._plain and all(isinstance(group, Stack) and group.by_hand for group in self.groups)
         self._lessons: Pairs | None = None
         self._pairs: tuple[tuple[tuple[int, int], ...], Tensor, Tensor, Tensor, Tensor] | None = None
 
@@ -193,6 +189,11 @@ class Cohort:
         if not self._wanted:
             return ""
         return self.fused.trouble if self.fused else UNFIT
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether nothing of an update is left to torch's autograd."""
+        return self._plain and all(group.by_hand for group in self.groups)
 
     def _by_itself(self) -> bool:
         """Whether an update can be worked out in one go, for nothing in it has to be looked at on the way."""

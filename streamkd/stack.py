@@ -23,6 +23,8 @@ class Group(Protocol):
     members: list[int]
     features: list[Tensor | None]
     """What each member's model told in `learn` beside its logits, `[n, ...]`, with its gradient; or None."""
+    by_hand: bool
+    """Whether nothing of an update is left to torch's autograd."""
 
     def predict(self, x: Tensor, classes: int) -> Tensor:
         """Answer `x` `[n, ...]`: logits `[2 * members, n, classes]`, the peers' first, then their averages'.
@@ -74,6 +76,7 @@ class Single:
     def __init__(self, index: int, peer: Peer | RiverPeer) -> None:
         self.members = [index]
         self.features: list[Tensor | None] = [None]
+        self.by_hand = False
         self.peer = peer
 
     def predict(self, x: Tensor, classes: int) -> Tensor:
@@ -145,11 +148,7 @@ class Stack:
         self._clips = self._weights.new_tensor([peer.clip for peer in self.peers])
         self._rates = self._weights.new_tensor([peer.rates[:1] for peer in self.peers])
         self._descends = all(_plain(peer.optimizer) for peer in self.peers)
-
-    @property
-    def by_hand(self) -> bool:
-        """Whether nothing of an update is left to torch's autograd."""
-        return self._descends and not any(isinstance(layer, layers.Elementwise) for layer in self._members)
+        self.by_hand = self._descends and not any(isinstance(layer, layers.Elementwise) for layer in self._members)
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:

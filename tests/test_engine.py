@@ -347,7 +347,9 @@ def alike() -> Engine:
 def test_it_comes_to_the_same_whether_autograd_could_follow_or_not() -> None:
     freely, followed = alike(), alike()
     assert freely.cohort.by_hand
-    followed.cohort.by_hand = False
+    for group in followed.cohort.groups:
+        group.by_hand = False
+    assert not followed.cohort.by_hand
     for batch in batches(640):
         assert torch.equal(freely.step(batch).served, followed.step(batch).served)
 
