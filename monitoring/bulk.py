@@ -13,8 +13,8 @@ from streamkd.report import Report
 
 MOST_WAITING = 64
 """Reports that wait at the most."""
-MOST_NUMBERS = 100_000
-"""Probabilities in them, likewise: where there are many classes, or large batches, fewer reports wait."""
+MOST_NUMBERS = 200_000
+"""Numbers in their largest parts, likewise: where these are large, fewer reports wait."""
 
 
 class BulkHistogram(Collector):
@@ -45,10 +45,10 @@ class BulkHistogram(Collector):
         self._sums = np.zeros(len(series))
         registry.register(self)
 
-    def observe(self, values: ArrayLike, numbers: ArrayLike = 0) -> None:
-        """Take in `values` `[m]`, each of the histogram of its number, `[m]`, or all of one."""
+    def observe(self, values: ArrayLike, series: ArrayLike = 0) -> None:
+        """Take in `values` `[m]`, each into the histogram at its index in `series`, `[m]` or one for all."""
         told = np.asarray(values, dtype=np.float64)
-        which = np.broadcast_to(np.asarray(numbers), told.shape)
+        which = np.broadcast_to(np.asarray(series, dtype=np.int64), told.shape)
         cells = which * self._counts.shape[1] + np.searchsorted(self._edges, told)
         self._counts += np.bincount(cells, minlength=self._counts.size).reshape(self._counts.shape)
         self._sums += np.bincount(which, told, minlength=len(self._sums))
@@ -117,7 +117,7 @@ class Waiting(Collector):
         """Keep a report until it is added up."""
         with self._lock:
             self._reports.append(report)
-            self._numbers += report.served.numel()
+            self._numbers += report.served.numel() + sum(update.parts.numel() for update in report.learned)
             if len(self._reports) >= MOST_WAITING or self._numbers >= MOST_NUMBERS:
                 self._hand_over()
 

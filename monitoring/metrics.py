@@ -191,7 +191,7 @@ class Metrics:
         self.taught.inc(sum(report.taught for report in reports))
         self.batch_records.observe(sizes)
         spent = [(PHASES.index(phase), time) for report in reports for phase, time in report.seconds.items()]
-        self.step_duration.observe([time for _, time in spent], [number for number, _ in spent])
+        self.step_duration.observe([time for _, time in spent], [series for series, _ in spent])
         self._drifts.inc(sum(len(report.drift) for report in reports))
         for report in reports:
             if report.swap is not None:
@@ -199,6 +199,9 @@ class Metrics:
         self.replay_priority.observe(torch.cat([report.replay.priorities for report in reports]))
         self.replay_age.observe(torch.cat([report.replay.ages for report in reports]))
         self._add_up_scores([report.scored for report in reports])
+        agreed, compared = agreement([update for report in reports for update in report.learned])
+        self.agreed.inc(agreed)
+        self.compared.inc(compared)
         self._add_up_updates([report.learned for report in reports if report.trained])
         self._add_up_counts(reports[-1])
 
@@ -214,11 +217,8 @@ class Metrics:
         if not learned:
             return
         updates, sizes = list(chain.from_iterable(learned)), [len(one) for one in learned]
-        agreed, compared = agreement(updates)
-        self.agreed.inc(agreed)
-        self.compared.inc(compared)
         told = np.add.reduceat(means(updates), np.cumsum([0, *sizes[:-1]])) / np.array(sizes)[:, None, None]
-        self.loss.observe(told[:, [0, 1, 3]].reshape(len(learned), -1))
+        self.loss.observe(told[:, [0, 1, 3]].reshape(len(learned), -1))  # part after part, as its series are
         self.divergence.observe(told[:, 2])
         self.gradient_norm.observe(told[:, 4])
 
@@ -306,6 +306,7 @@ class Metrics:
 
     def observe_stage(self, seconds: float) -> None:
         """Take in for how long learning waited for a checkpoint: for a copy in memory, not for the disk."""
+        # This series is written here alone, so a scrape that adds up the others meanwhile does it no harm.
         self.step_duration.observe([seconds], PHASES.index("checkpoint"))
 
     def observe_save(self, *, seconds: float, size: int, now: float) -> None:

@@ -118,7 +118,14 @@ class Configuration(EngineSettings):
         if not self.read_ahead:
             return self._open_feed(refuse)
         device = resolve_device(self.device, deterministic=self.deterministic)
-        return Ahead(self._open_feed, refuse, self.read_ahead, pinned=device.type == "cuda")
+        feed = Ahead(self._open_feed, refuse, self.read_ahead, pinned=device.type == "cuda")
+        if feed.capabilities.promise == "at most once":
+            feed.close()
+            raise ConfigError(
+                f"read_ahead = {self.read_ahead}: this feed never gives a record again, so what was decoded ahead "
+                "would be lost at every stop; give it a spool (feed.spool), or set read_ahead = 0"
+            )
+        return feed
 
     def _open_feed(self, refuse: Refuse) -> Feed:
         if self.feed is None:

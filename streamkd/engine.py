@@ -141,7 +141,9 @@ class Engine:
             part = known or answers.rows(slice(0))
             drawn = self._recall(part)
             self._note("recall")
-            with self._alone():
+            if len(part):
+                self.cohort.schedule(self.roles.teacher, self._met)
+            with self._untracked():
                 taken, broken = self._learn(part, drawn, taught)
             self._note("learn")
             self._remember(part.without(broken), drawn, taken)
@@ -172,7 +174,7 @@ class Engine:
         The sources are the members, and whatever the pool adds to them.
         """
         seen, width = self._seen.cpu(), self._width
-        with self._alone():
+        with self._untracked():
             if x.shape[0]:  # read once: all that is made of it is made on the CPU
                 logits = self.cohort.predict(self.inputs(x), width).cpu()
             else:
@@ -186,9 +188,9 @@ class Engine:
             return functional.pad(log_p, (0, rest), value=UNSEEN), functional.pad(served, (0, rest))
         return log_p, served
 
-    def _alone(self) -> AbstractContextManager[None]:
+    def _untracked(self) -> AbstractContextManager[None]:
         """Keep nothing for autograd where nobody asks for it: what it keeps costs some 4 % of a step."""
-        return torch.inference_mode(self.cohort.by_hand)
+        return torch.inference_mode(self.cohort.by_hand and self.augment is None)  # which may be anyone's
 
     def _look(self) -> None:
         """Note the classes up to the last one that was seen: nothing is computed for those after it."""
@@ -304,7 +306,6 @@ class Engine:
         if not len(answers):
             return [], []
         rule = self.cohort.distillation
-        self.cohort.schedule(self.roles.teacher, self._met)
         raw, y = answers.x, answers.y.to(self.device)
         x = self.inputs(raw)
         kept, faulty = list(range(len(answers))), list[int]()
@@ -411,8 +412,8 @@ class Engine:
                 len(self.replay),
                 self.replay.capacity,
                 self._window(),
-                self.replay.priorities_at(_joined([drawn.slots for drawn in memories])),
-                _joined([drawn.ages for drawn in memories]),
+                self.replay.priorities_at(_in_a_row([drawn.slots for drawn in memories])),
+                _in_a_row([drawn.ages for drawn in memories]),
             ),
             pending=len(self.pending),
             joined=self.pending.joined,
@@ -525,7 +526,8 @@ def _faults(batch: Batch, answers: Answers, faulty: list[int]) -> tuple[Fault, .
     )
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _in_a_row(parts: Sequence[Tensor]) -> Tensor:
+    """Put the parts of a batch one after the other; most batches have one, which needs no copy."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 

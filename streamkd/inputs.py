@@ -61,7 +61,8 @@ class Standardiser:
         like = (x.dim(), x.dtype, x.device)
         if like not in self._ready:
             shape = (1, -1) + (1,) * (x.dim() - 2)
-            self._ready[like] = self.mean.view(shape).to(x), torch.from_numpy(self._scale).view(shape).to(x)
+            with torch.inference_mode(mode=False):  # whoever asks next may want a gradient
+                self._ready[like] = self.mean.view(shape).to(x), torch.from_numpy(self._scale).view(shape).to(x)
         return self._ready[like]
 
     @property

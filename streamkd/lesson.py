@@ -117,6 +117,9 @@ def _filled(rows: Sequence[Tensor | None], parts: Sequence[Lesson], value: float
 class Learned:
     """What one update did.
 
+    Its tensors are to be read: where no update is left to autograd, they are torch's inference tensors, which cannot be
+    changed in place or differentiated through; a `clone()` of one can.
+
     Attributes:
         y, weights: `[m]`, labels and weights of the examples that it learned from.
         losses: `[m]`, hard loss of each example, the mean over peers, before the step; NaN for one at fault.
@@ -143,8 +146,9 @@ class Learned:
         return all(map(isfinite, self.norms))
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def means(updates: Sequence[Learned]) -> NDArray[np.float64]:
-    """Tell of one update or more, in figures.
+    """Tell of one update or more, in figures; what is not finite is told as it is.
 
     Returns:
         `[updates, 5, peers]`: mean hard loss, distillation weighted and unweighted, what was minimised, as it is before

@@ -173,7 +173,8 @@ class Peer:
         self.stuck = self.futile = 0
         self.taken += 1
         if self.taken % KEEP_EVERY == 0 and _sound(weights := self.module.state_dict()):
-            self.good = {name: _copy(weight) for name, weight in weights.items()}
+            with torch.inference_mode(mode=False):  # they go into checkpoints, to whoever reads them
+                self.good = {name: _copy(weight) for name, weight in weights.items()}
 
     @property
     def share(self) -> float:

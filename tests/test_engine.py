@@ -1,3 +1,4 @@
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -371,6 +372,48 @@ def test_what_an_engine_leaves_behind_can_be_learned_from() -> None:
             for parameter in (*peer.module.parameters(), *peer.average.parameters()):
                 parameter.add_(1.0)
     made.replay.add(torch.ones(1, 5), torch.zeros(1, dtype=torch.int64))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor in plain values."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from tensors(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors(part)
+
+
+def test_what_lasts_is_of_use_to_autograd() -> None:
+    made = alike()
+    for batch in batches(1600):
+        made.step(batch)
+    assert all(peer.good for peer in made.cohort.peers)
+    assert not any(tensor.is_inference() for tensor in tensors(made.state_dict()))
+    x = torch.ones(3, 5, requires_grad=True)
+    made.cohort.peers[0].module(made.inputs(x)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+def test_what_a_user_adds_may_differentiate() -> None:
+    def differentiating(*_: Any) -> float:
+        x = torch.ones((), requires_grad=True)
+        (2 * x).backward()
+        assert x.grad is not None
+        return 1.0
+
+    def changed(x: Tensor) -> Tensor:
+        return x * differentiating()
+
+    build = partial(mlp, (5,), CLASSES, widths=(8,))
+    peers = [Peer(name, build, partial(torch.optim.SGD, lr=0.1), seed=1) for name in "ab"]
+    rule = Distillation(burn_in=0, temperature=differentiating, alpha=differentiating)
+    for augment in (None, changed):
+        made = Engine(peers, CLASSES, distillation=rule, augment=augment)
+        assert all(made.step(batch).trained for batch in batches(64))
 
 
 def test_what_is_taught_brings_the_peers_together() -> None:

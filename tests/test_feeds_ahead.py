@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -505,6 +506,18 @@ def test_ids_come_in_order_however_many_may_wait(tmp_path: Path) -> None:
         with closing(opened(refuse=lambda _: None)) as feed:
             batches = list(iter(lambda feed=feed: feed.poll(7), None))
         assert names(batches) == [f"r{n}" for n in range(300)], most
+
+
+def test_a_feed_that_never_gives_a_record_again_is_not_read_ahead(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed = "feed={kind='stdin', columns=['a', 'y'], label='y'}"
+    with Path(os.devnull).open(encoding="utf-8") as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        assert streamkd(monkeypatch, "run", "default", "--set", feed, "--set", "read_ahead=8") == 2
+    said = capsys.readouterr().err
+    assert "read_ahead = 8" in said
+    assert "feed.spool" in said
 
 
 def test_the_demo_knows_its_stream_whatever_is_around_it(

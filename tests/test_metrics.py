@@ -1,18 +1,21 @@
 import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from stack import needs
 from worlds import batches, engine, lively
 
+from monitoring.bulk import MOST_NUMBERS, MOST_WAITING, Waiting
 from monitoring.delays import LabelDelays
 from monitoring.metrics import Metrics
 from runners.daemon import teaching_pairs
 from runners.feeds import REASONS, RESETS, STAGES
 from streamkd import UNLABELLED, Batch, Engine
+from streamkd.lesson import agreement
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics.txt"
 
@@ -81,6 +84,8 @@ def test_counters_add_up_to_what_the_reports_said() -> None:
     assert read("streamkd_trained_records_total") == sum(report.trained for report in reports)
     assert read("streamkd_labels_joined_total") == reports[-1].joined
     assert read("streamkd_dead_letter_records_total", {"feed": "file", "reason": "width"}) == len(reports)
+    agreed, compared = agreement([update for report in reports for update in report.learned])
+    assert (read("streamkd_peer_agreed_total"), read("streamkd_peer_compared_total")) == (agreed, compared)
     for name in ("a", "served"):
         correct = sum(report.scored.correct[name] for report in reports)
         assert read("streamkd_prequential_correct_total", {"peer": name}) == correct
@@ -116,6 +121,17 @@ def test_it_makes_no_difference_how_often_the_metrics_are_read() -> None:
     told = read(once)
     assert read(often) == pytest.approx(told, rel=1e-6)
     assert told["streamkd_loss_count", "a", "hard"] > 0
+
+
+def test_few_reports_wait_where_they_are_large() -> None:
+    told: list[int] = []
+    waiting = Waiting(lambda reports: told.append(len(reports)), CollectorRegistry())
+    small = engine().step(batches()[0])
+    large = replace(small, served=torch.zeros(MOST_NUMBERS // 4, 1))
+    for report, count in ((small, 3 * MOST_WAITING), (large, 12)):
+        for _ in range(count):
+            waiting.add(report)
+    assert told == [MOST_WAITING] * 3 + [4] * 3
 
 
 def test_summaries_are_of_what_the_reports_said_of_each_peer() -> None:

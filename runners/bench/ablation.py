@@ -257,7 +257,7 @@ def draw(path: Path, done: Sequence[Ablation]) -> None:
         )
     # Most differ by tenths of a point and a few by tens: linear up to one point, logarithmic beyond.
     axes.set_xscale("symlog", linthresh=1.0)
-    axes.xaxis.set_major_locator(FixedLocator(sorted({s * x for s in (-1, 1) for x in (0.0, 0.5, 1, 2, 5, 10, 20, 50)})))
+    axes.xaxis.set_major_locator(FixedLocator([s * x for s in (-1, 1) for x in (0.5, 1, 2, 5, 10, 20, 50)] + [0]))
     axes.xaxis.set_major_formatter(FormatStrFormatter("%+g"))
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(shown)), [row.name for row in shown], parse_math=False)

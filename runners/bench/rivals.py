@@ -170,6 +170,7 @@ def race(
     filled = list(imputed(records.batches))
     standings, failed = {}, {}
     for name, rival in rivals.items():
+        settle()
         try:
             passes = [
                 go(rival.make(records, seed), records.batches, filled, follow(f"{name}, seed {seed}"))
@@ -181,6 +182,8 @@ def race(
             failed[name] = reason(error)  # whatever it was: the others race on
         else:
             standings[name] = Standing(records.count, passes)
+        finally:
+            gc.unfreeze()
     return Race(records, standings, failed)
 
 
@@ -200,7 +203,6 @@ def go(
     """
     count = scored = hits = unchanged = last = 0
     seconds = busy = 0.0
-    settle()
     for number, (batch, x) in enumerate(zip(batches, filled, strict=True)):
         known = labelled(batch.y)
         whole = bool(known.all())
@@ -221,7 +223,6 @@ def go(
         last = y[-1] if y else last
         if number % 16 == 0:
             progress(count)
-    gc.unfreeze()
     progress(count)
     return Pass(scored, hits / max(1, scored), unchanged / max(1, scored), seconds, busy)
 
