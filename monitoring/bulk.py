@@ -1,6 +1,7 @@
 """Metrics that take many values in one call, and what keeps reports until many of them are added up together."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from threading import Lock
 
 import numpy as np
@@ -25,8 +26,7 @@ class BulkHistogram(Collector):
         text: its help.
         buckets: their upper edges.
         registry: which it joins.
-        labels: their names.
-        series: their values, for each histogram.
+        labels: name -> values; there is a histogram for each combination of these, the last label's changing fastest.
     """
 
     def __init__(
@@ -35,14 +35,13 @@ class BulkHistogram(Collector):
         text: str,
         buckets: Sequence[float],
         registry: CollectorRegistry,
-        *,
-        labels: Sequence[str] = (),
-        series: Sequence[Sequence[str]] = ((),),
+        labels: Mapping[str, Sequence[str]],
     ) -> None:
-        self._name, self._text, self._labels, self._series = name, text, labels, series
+        self._name, self._text = name, text
+        self._labels, self._series = list(labels), list(product(*labels.values()))
         self._edges = np.array(buckets, dtype=np.float64)
-        self._counts: NDArray[np.int64] = np.zeros((len(series), len(buckets) + 1), dtype=np.int64)
-        self._sums = np.zeros(len(series))
+        self._counts: NDArray[np.int64] = np.zeros((len(self._series), len(buckets) + 1), dtype=np.int64)
+        self._sums = np.zeros(len(self._series))
         registry.register(self)
 
     def observe(self, values: ArrayLike, series: ArrayLike = 0) -> None:
@@ -69,17 +68,15 @@ class BulkSummary(Collector):
     Args:
         name: of the metric.
         text: its help.
-        labels: their names.
-        series: their values, for each series.
         registry: which it joins.
+        labels: as for `BulkHistogram`.
     """
 
-    def __init__(
-        self, name: str, text: str, labels: Sequence[str], series: Sequence[Sequence[str]], registry: CollectorRegistry
-    ) -> None:
-        self._name, self._text, self._labels, self._series = name, text, labels, series
-        self._counts: NDArray[np.int64] = np.zeros(len(series), dtype=np.int64)
-        self._sums = np.zeros(len(series))
+    def __init__(self, name: str, text: str, registry: CollectorRegistry, labels: Mapping[str, Sequence[str]]) -> None:
+        self._name, self._text = name, text
+        self._labels, self._series = list(labels), list(product(*labels.values()))
+        self._counts: NDArray[np.int64] = np.zeros(len(self._series), dtype=np.int64)
+        self._sums = np.zeros(len(self._series))
         registry.register(self)
 
     def observe(self, values: NDArray[np.float64]) -> None:

@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain, product
+from itertools import chain
 
 import numpy as np
 import torch
@@ -106,13 +106,11 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"streamkd_{name}", text, labels, registry=self.registry)
 
-        def summary(name: str, text: str, peer: str, *parts: str) -> BulkSummary:
-            series = [(own, *part) for part in product(*[PARTS] * len(parts)) for own in peers]
-            return BulkSummary(f"streamkd_{name}", text, (peer, *parts), series, self.registry)
+        def summary(name: str, text: str, **labels: Sequence[str]) -> BulkSummary:
+            return BulkSummary(f"streamkd_{name}", text, self.registry, labels)
 
-        def histogram(name: str, text: str, buckets: Sequence[float], label: str = "", *values: str) -> BulkHistogram:
-            labels, series = ((label,), [(value,) for value in values]) if label else ((), [()])
-            return BulkHistogram(f"streamkd_{name}", text, buckets, self.registry, labels=labels, series=series)
+        def histogram(name: str, text: str, buckets: Sequence[float], **labels: Sequence[str]) -> BulkHistogram:
+            return BulkHistogram(f"streamkd_{name}", text, buckets, self.registry, labels)
 
         self.build = gauge("build_info", "Versions, as labels; always 1.", "version", "python", "torch")
         self.state = gauge("state", "1 for the state that the process is in.", "state")
@@ -128,18 +126,16 @@ class Metrics:
         self.trained = counter("trained_records_total", "Labelled records that were learned.")
         self.taught = counter("taught_records_total", "Records without a label, learned from the served answer.")
         self.batch_records = histogram("batch_records", "Records a batch.", RECORDS)
-        self.step_duration = histogram(
-            "step_duration_seconds", "Time a batch took, by stage.", SECONDS, "phase", *PHASES
-        )
-        self.loss = summary("loss", "What updates minimised, in nats, by part.", "peer", "component")
+        self.step_duration = histogram("step_duration_seconds", "Time a batch took, by stage.", SECONDS, phase=PHASES)
+        self.loss = summary("loss", "What updates minimised, in nats, by part.", component=PARTS, peer=peers)
         self.evaluated = counter("prequential_evaluated_total", "Answers that were scored.", "peer")
         self.correct = counter("prequential_correct_total", "Answers that were right.", "peer")
         self.served_weight = gauge("served_weight", "Share of a peer in the served answer.", "peer")
-        self.gradient_norm = summary("gradient_norm", "Norm of the gradient before clipping.", "peer")
+        self.gradient_norm = summary("gradient_norm", "Norm of the gradient before clipping.", peer=peers)
         self.nonfinite = counter("nonfinite_steps_total", "Updates with a gradient not finite.", "peer", "action")
         self.temperature = gauge("temperature", "How soft the lessons of a student are.", "peer")
         self.alpha = gauge("alpha", "Weight of the distillation from teacher to student.", "teacher", "student")
-        self.divergence = summary("distill_divergence", "Divergence from the teachers, in nats.", "student")
+        self.divergence = summary("distill_divergence", "Divergence from the teachers, in nats.", student=peers)
         self.compared = counter("peer_compared_total", "Pairs of peers whose answers were compared.")
         self.agreed = counter("peer_agreed_total", "Pairs of peers that gave the same answer.")
         self.transfer = gauge(
@@ -160,7 +156,7 @@ class Metrics:
         self.joined = counter("labels_joined_total", "Labels that came late and were joined.")
         self.expired = counter("labels_expired_total", "Predictions given up before their label came.")
         self.record_age = histogram(
-            "record_age_seconds", "How old records were when their batch had been learned.", RECORD_AGES, "feed", feed
+            "record_age_seconds", "How old records were when their batch had been learned.", RECORD_AGES, feed=[feed]
         )
         self.label_delay = histogram("label_delay_seconds", "Time from a prediction to its label.", DELAYS)
         self.saves = counter("checkpoint_saves_total", "Attempts to save.", "result")
@@ -218,7 +214,7 @@ class Metrics:
             return
         updates, sizes = list(chain.from_iterable(learned)), [len(one) for one in learned]
         told = np.add.reduceat(means(updates), np.cumsum([0, *sizes[:-1]])) / np.array(sizes)[:, None, None]
-        self.loss.observe(told[:, [0, 1, 3]].reshape(len(learned), -1))  # part after part, as its series are
+        self.loss.observe(told[:, [0, 1, 3]].reshape(len(learned), -1))  # part by part, as its series are
         self.divergence.observe(told[:, 2])
         self.gradient_norm.observe(told[:, 4])
 
