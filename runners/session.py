@@ -131,18 +131,10 @@ def start(configuration: Configuration, clock: Callable[[], float] = time.perf_c
     except BaseException:
         feed.close()
         raise
-    settle()
-    return Session(configuration, feed, engine, dead_letters, predictions)
-
-
-def settle() -> None:
-    """Let Python's garbage collection pass over what is here to stay, until `gc.unfreeze`.
-
-    Else the first full one, a few batches after the start, goes through all that was ever imported: learning stands
-    still for 0.2 s.
-    """
-    gc.collect()
+    # Else the first full garbage collection, a few batches after the start, goes through all that was ever imported:
+    # learning stands still for 0.2 s. To collect here would cost as much at every start.
     gc.freeze()
+    return Session(configuration, feed, engine, dead_letters, predictions)
 
 
 def prepare_torch(configuration: Configuration) -> None:

@@ -1,5 +1,6 @@
 """`streamkd bench kill`: runs killed at any moment, resumed, and held against one that was never disturbed."""
 
+import gc
 import os
 import random
 import shutil
@@ -224,6 +225,8 @@ def in_a_child(*arguments: str, prepare: Callable[[], None] = lambda: None) -> i
     if pid:
         return pid
     code = 1
+    # What the parent left behind is not for its child to finalise: that may wait for a thread that no fork has.
+    gc.disable()
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         prepare()

@@ -22,7 +22,6 @@ from rich.text import Text
 from runners.bench.learners import OURS, PACE, RIVALS, Learner, Rival
 from runners.bench.streams import Records, streams
 from runners.eval_command import check_targets, write_json
-from runners.session import settle
 from streamkd.batch import Batch, labelled
 from streamkd.errors import reason
 
@@ -170,7 +169,7 @@ def race(
     filled = list(imputed(records.batches))
     standings, failed = {}, {}
     for name, rival in rivals.items():
-        settle()
+        gc.freeze()  # as a run does: what was imported is gone through in nobody's time
         try:
             passes = [
                 go(rival.make(records, seed), records.batches, filled, follow(f"{name}, seed {seed}"))
