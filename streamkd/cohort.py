@@ -232,18 +232,24 @@ class Cohort:
 
     def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Bring every peer its gradient, clipped; take no step yet."""
-        norms = [0.0] * len(self)
-        parts = lesson.split(self.fitting.at_once)
-        told = [self._bring(part, norms, seen=seen, weights=weights, add=part is not parts[0]) for part in parts]
-        for group in self.groups:
-            for index, norm in zip(group.members, group.clip(), strict=True):
-                norms[index] += norm
+        norms: list[float] = []
+        parts, sound = lesson.split(self.fitting.at_once), list[Tensor]()
+        told = [self._bring(part, norms, sound, seen=seen, weights=weights, add=part is not parts[0]) for part in parts]
+        found = self._in_order([group.clip() for group in self.groups])
+        for known in sound:
+            found = torch.where(known, found, math.nan)
+        norms += found.tolist()  # all that is known of an update on its way is read here, and at once
         if self._frozen(teacher, teacher):
             norms[teacher] = 0.0
         return told[0] if len(told) == 1 else side_by_side(lesson, told)
 
-    def _bring(self, lesson: Lesson, norms: list[float], *, seen: Tensor, weights: Tensor, add: bool) -> Learned:
-        """Bring every peer its gradient, or add it to the last one; only what has no finite loss gets its norm, NaN."""
+    def _bring(
+        self, lesson: Lesson, norms: list[float], sound: list[Tensor], *, seen: Tensor, weights: Tensor, add: bool
+    ) -> Learned:
+        """Bring every peer its gradient, or add it to the last one; `sound` gets whose loss is finite, `[peers]`.
+
+        Where that is known of all of them, nothing is added there. The `norms` of what is returned are to come.
+        """
         asked, lesson = lesson, lesson.unrolled()
         logits = self._in_order([group.learn(lesson.x, len(seen)) for group in self.groups])
         rule = self._lessons = self._lessons or self._prepare(logits.device)
@@ -255,9 +261,7 @@ class Cohort:
             parts, gradient, answers = told
         else:
             parts, gradient, answers, hints = self._gradient(logits, asked, lesson, rule, seen=seen, weights=weights)
-            # A loss that is not finite may have a gradient that is.
-            for index, loss in enumerate(parts[0].sum(1).tolist()):
-                norms[index] += 0.0 if math.isfinite(loss) else math.nan
+            sound.append(parts[0].sum(1).isfinite())  # a loss that is not finite may have a gradient that is
         for group in self.groups:
             own = gradient if len(self.groups) == 1 else gradient[group.members]
             hint = hints.get(group.members[0]) if hints else None
@@ -372,9 +376,8 @@ class Cohort:
         if harder is not None:
             taught, charged = taught[:, harder], charged[:, harder]
         gate = self.distillation.weighed(hard[rule.students], charged)
-        if not math.isfinite(float(taught.sum())):  # a teacher that broke down teaches nothing
-            sound = taught.isfinite().all(-1)
-            taught, gate = torch.where(sound[..., None], taught, 0.0), gate.nan_to_num(0.0) * sound
+        sound = taught.isfinite().all(-1)  # a teacher that broke down teaches nothing
+        taught, gate = torch.where(sound[..., None], taught, 0.0), gate.nan_to_num(0.0) * sound
         # A student of several teachers hears their mean (1 / (P - 1) in deep mutual learning).
         weights = gate * rule.alphas
         student = logits[rule.students]

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -288,6 +288,11 @@ def _logits(answer: Callable[[torch.Tensor], Output], x: torch.Tensor) -> Any:
     return answer(x).logits
 
 
+def _fuses(factory: Callable[..., Any], options: Mapping[str, Any]) -> bool:
+    """Whether an optimizer of torch's has a fused kernel, and nothing that was asked for stands against it."""
+    return "fused" in parameters(factory) and not {"fused", "foreach", "differentiable"} & options.keys()
+
+
 def _optimizer(part: Part, key: str) -> MakeOptimizer:
     """Return an optimizer of `torch.optim`, by its name in any case, or the user's own."""
     named = {name.lower(): value for name, value in vars(torch.optim).items() if inspect.isclass(value)}
@@ -302,8 +307,11 @@ def _optimizer(part: Part, key: str) -> MakeOptimizer:
         if name not in parameters(factory):
             raise ConfigError(f"{key}.{name}: no such option of {part.kind}{did_you_mean(name, parameters(factory))}")
 
+    # One kernel for all weights: torch has it for some optimizers, and would not take it by itself on the CPU.
+    fused = {"fused": True} if ":" not in part.kind and _fuses(factory, options) else {}
+
     def build(parameters: Any) -> torch.optim.Optimizer:
-        optimizer = tried(lambda: factory(parameters, **options), part, key)
+        optimizer = tried(lambda: factory(parameters, **fused, **options), part, key)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(f"{key}.kind = {part.kind!r}: made a {type(optimizer).__name__}, not a torch Optimizer")
         for name, value in ((name, value) for group in optimizer.param_groups for name, value in group.items()):

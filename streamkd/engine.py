@@ -173,7 +173,7 @@ class Engine:
 
         The sources are the members, and whatever the pool adds to them.
         """
-        seen, width = self._seen.cpu(), self._width
+        seen, width = self.seen[: self._width], self._width
         with self._untracked():
             if x.shape[0]:  # read once: all that is made of it is made on the CPU
                 logits = self.cohort.predict(self.inputs(x), width).cpu()
@@ -199,9 +199,9 @@ class Engine:
         self._seen = self.seen[: self._width].to(self.device)
 
     def _predict(self, batch: Batch) -> Answers:
-        x, y = batch.x.detach().to(self.device, non_blocking=True), batch.y.to("cpu", torch.int64)
+        x, y = batch.x.detach().cpu(), batch.y.to("cpu", torch.int64)
         self._check(y, batch.late.values())
-        said = Answers(x, y, *self._answer(x))
+        said = Answers(x, y, *self._answer(x.to(self.device, non_blocking=True)))
         self.inputs.update(x)
         self.steps += 1
         self.records += len(batch)
@@ -306,12 +306,12 @@ class Engine:
         if not len(answers):
             return [], []
         rule = self.cohort.distillation
-        raw, y = answers.x, answers.y.to(self.device)
+        raw, y = answers.x.to(self.device, non_blocking=True), answers.y.to(self.device)
         x = self.inputs(raw)
         kept, faulty = list(range(len(answers))), list[int]()
         open_x = targets = x[:0]
         if untold is not None:
-            open_x = self.inputs(untold.x)
+            open_x = self.inputs(untold.x.to(self.device))
             targets = doubted(untold.served[:, : self._width].to(self.device), self._seen, rule.doubt)
         learned = []
         for recalled in self._lessons(memories, self._effort()):
@@ -362,7 +362,7 @@ class Engine:
             faulty = [each * n + row for n, result in enumerate(learned) for row in result.faulty if row < each]
             if faulty:
                 self.replay.bar(memories.slots[faulty])
-        self.replay.add(answers.x.cpu(), answers.y)
+        self.replay.add(answers.x, answers.y)
 
     def _note(self, stage: str) -> None:
         now = self.clock()

@@ -13,7 +13,7 @@ from streamkd.batch import UNLABELLED, Batch, labelled
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Answers:
-    """What was said of some records, and what turned out to be true where that is known.
+    """What was said of some records, and what turned out to be true where that is known; all of it on the CPU.
 
     Attributes:
         x: `[n, ...]`, raw.
@@ -45,10 +45,6 @@ class Answers:
         """Return the others."""
         return self.rows(torch.tensor([row not in rows for row in range(len(self))])) if rows else self
 
-    def to(self, device: torch.device | str) -> "Answers":
-        """Return the same with the records on a device; labels and answers are for the CPU, where they are scored."""
-        return Answers(self.x.to(device), self.y, self.log_p, self.served)
-
 
 class Pending:
     """Predictions that wait for their labels, the oldest given up when there are too many.
@@ -76,7 +72,7 @@ class Pending:
         known = labelled(batch.y)
         complete = said if bool(known.all()) else said.rows(known)
         told = [(name, y) for name, y in batch.late.items() if name in self._waiting]
-        answered = [self._answer(name, y).to(said.x.device) for name, y in told if y != UNLABELLED]
+        answered = [self._answer(name, y) for name, y in told if y != UNLABELLED]
         self.joined += len(answered)
         for name in [name for name, y in told if y == UNLABELLED]:
             del self._waiting[name]
@@ -92,7 +88,7 @@ class Pending:
 
     def _wait(self, batch: Batch, said: Answers, known: Tensor) -> None:
         for row in (~known).nonzero()[:, 0].tolist():
-            self._waiting[batch.ids[row]] = said.rows(torch.tensor([row])).to("cpu")
+            self._waiting[batch.ids[row]] = said.rows(torch.tensor([row]))
         while len(self._waiting) > self.capacity:
             self._waiting.popitem(last=False)
             self.expired += 1

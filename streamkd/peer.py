@@ -130,20 +130,25 @@ class Peer:
         return Output(said.logits.float(), None if said.features is None else said.features.float())
 
     @torch.no_grad()
-    def clip_gradient(self) -> float:
-        """Shorten the gradient at hand to `clip`; return its norm before, infinity where the buffers broke down."""
+    def clip_gradient(self) -> Tensor:
+        """Shorten the gradient at hand to `clip`.
+
+        Returns:
+            Its norm before, `[]`, infinity where the buffers broke down. It lies where the gradient does: to read it is
+            to wait for the device.
+        """
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        if self.clip < float(norm) < math.inf:
-            nn.utils.clip_grads_with_norm_(self._parameters, self.clip, norm)
-        broken = any(bool((before.isfinite() & ~now.isfinite()).any()) for before, now in self._buffers)
-        return math.inf if broken else float(norm)
+        nn.utils.clip_grads_with_norm_(self._parameters, self.clip, norm)
+        for before, now in self._buffers:
+            norm = torch.where((before.isfinite() & ~now.isfinite()).any(), math.inf, norm)
+        return norm
 
     @torch.no_grad()
     def step(self, norm: float, rate: float = 1.0) -> None:
         """Take one optimizer step with the gradient at hand; or none, if it is not finite, and count that.
 
         Args:
-            norm: what `clip_gradient` returned.
+            norm: what `clip_gradient` returned, read.
             rate: factor on every learning rate, for this step.
         """
         if not math.isfinite(norm):

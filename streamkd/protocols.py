@@ -141,7 +141,7 @@ class Course:
             soft = taught.distance(logits, lesson.targets, lesson.y)
             loss = soft if alpha == 1 else alpha * soft + (1 - alpha) * loss
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        norm = peer.clip_gradient()
+        norm = float(peer.clip_gradient())
         # A loss that is not finite may have a gradient that is.
         return norm if math.isfinite(float(loss.detach())) else math.nan
 

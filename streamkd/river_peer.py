@@ -58,9 +58,9 @@ class RiverPeer:
         for features, label in zip(_features(x), y.tolist(), strict=True):
             self.model.learn_one(features, label)
 
-    def clip_gradient(self) -> float:
+    def clip_gradient(self) -> Tensor:
         """Return 0: there is no gradient."""
-        return 0.0
+        return torch.zeros(())
 
     def step(self, norm: float, rate: float = 1.0) -> None:
         """Do nothing."""

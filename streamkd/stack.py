@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from operator import gt
 from typing import Protocol
 
 import numpy as np
@@ -44,8 +45,8 @@ class Group(Protocol):
             add: to the gradient that was brought last, for records that are learned together and fit no memory at once.
         """
 
-    def clip(self) -> list[float]:
-        """Shorten each member's gradient to its `clip`; return the norms before."""
+    def clip(self) -> Tensor:
+        """Shorten each member's gradient to its `clip`; return the norms before, `[members]`."""
 
     def step(self, norms: Sequence[float | None], rate: float) -> None:
         """Take one optimizer step with each member; none with one whose norm is None, or not finite, which counts."""
@@ -96,9 +97,9 @@ class Single:
         if hint is not None and hint.requires_grad:
             hint.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
-    def clip(self) -> list[float]:
+    def clip(self) -> Tensor:
         """See `Group`."""
-        return [self.peer.clip_gradient()]
+        return self.peer.clip_gradient().reshape(1).to(self._logits.device)
 
     def step(self, norms: Sequence[float | None], rate: float) -> None:
         """See `Group`."""
@@ -141,14 +142,18 @@ class Stack:
             for parameter, values in zip(model.parameters(), self._cut(row), strict=True):
                 parameter.data = values
         self._rows, self._averages = self._weights[:size], self._weights[size:]
-        self._gradients = [self._cut(row) for row in self._gradient]
+        self._gradients = [
+            list(zip(peer.module.parameters(), self._cut(row), strict=True))
+            for peer, row in zip(self.peers, self._gradient, strict=True)
+        ]
         slots = self._cut(self._gradient)
         self._members = self._layers(self._cut(self._rows), slots)
         self._everyone = self._layers(self._cut(self._weights), slots)
-        self._clips = self._weights.new_tensor([peer.clip for peer in self.peers])
+        self._longest = [peer.clip for peer in self.peers]
+        self._clips = self._weights.new_tensor(self._longest)
         self._rates = self._weights.new_tensor([peer.rates[:1] for peer in self.peers])
         self._descends = all(_plain(peer.optimizer) for peer in self.peers)
-        self.by_hand = self._descends and not any(isinstance(layer, layers.Elementwise) for layer in self._members)
+        self.by_hand = not any(isinstance(layer, layers.Elementwise) for layer in self._members)
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,13 +203,12 @@ class Stack:
         if before is not None:
             self._gradient.add_(before)
 
-    def clip(self) -> list[float]:
+    def clip(self) -> Tensor:
         """See `Group`."""
-        norms = torch.linalg.vector_norm(self._gradient, dim=1)
-        said: list[float] = norms.tolist()
-        if any(norm > peer.clip for norm, peer in zip(said, self.peers, strict=True)):
+        norms: Tensor = torch.linalg.vector_norm(self._gradient, dim=1)
+        if not norms.is_cpu or any(map(gt, norms.tolist(), self._longest)):  # to ask a device would be to wait for it
             self._gradient.mul_((self._clips / norms).clamp(max=1.0)[:, None])
-        return said
+        return norms
 
     def step(self, norms: Sequence[float | None], rate: float) -> None:
         """See `Group`."""
@@ -215,7 +219,7 @@ class Stack:
         if not any(going):
             return
         if not all(going):  # 0 times what is not finite would not be 0
-            self._gradient[[not goes for goes in going]] = 0.0
+            self._gradient[torch.tensor(going, device=self._gradient.device).logical_not()] = 0.0
         chosen = [index for index, goes in enumerate(going) if goes]
         if self._descends:
             self._rows.addcmul_(self._gradient, self._rates, value=-rate)
@@ -232,11 +236,11 @@ class Stack:
 
     def _optimize(self, chosen: Sequence[int], rate: float) -> None:
         """Let the members' own optimizers step, each along its row of the gradient."""
-        for index in chosen:
-            peer = self.peers[index]
-            for parameter, gradient in zip(peer.module.parameters(), self._gradients[index], strict=True):
-                parameter.grad = gradient
-            peer.optimize(rate)
+        with torch.inference_mode(mode=False):  # what they gather is there to stay
+            for index in chosen:
+                for parameter, gradient in self._gradients[index]:
+                    parameter.grad = gradient
+                self.peers[index].optimize(rate)
 
     def discard(self) -> None:
         """See `Group`."""

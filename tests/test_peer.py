@@ -44,7 +44,7 @@ def records(seed: int) -> tuple[Tensor, Tensor]:
 def learn(one: Peer, seed: int, rate: float = 1.0) -> float:
     x, y = records(seed)
     nn.functional.cross_entropy(one.learn(x).logits, y).backward()  # type: ignore[no-untyped-call]
-    norm = one.clip_gradient()
+    norm = float(one.clip_gradient())
     one.step(norm, rate)
     return norm
 
@@ -110,7 +110,7 @@ def test_a_gradient_that_is_not_finite_is_never_stepped_on(bad: float, optimizer
         learn(both, 0)
     give_gradients(one, 0.1)
     next(one.module.parameters()).grad[0, 0] = bad  # type: ignore[index]
-    one.step(one.clip_gradient())
+    one.step(float(one.clip_gradient()))
     assert torch.equal(flat(one.module), flat(undisturbed.module))
     assert torch.equal(flat(one.average), flat(undisturbed.average))
     assert (one.skipped, one.stuck) == (1, 1)
@@ -128,7 +128,7 @@ def test_a_gradient_longer_than_the_clip_is_shortened_to_it_and_keeps_its_direct
     one = peer(clip=2.0)
     before = flat(one.module)
     give_gradients(one, value)
-    norm = one.clip_gradient()
+    norm = float(one.clip_gradient())
     one.step(norm)
     assert norm == pytest.approx(value * len(before) ** 0.5)
     moved = (before - flat(one.module)) / 0.1
@@ -141,7 +141,7 @@ def test_a_raised_rate_is_for_one_step() -> None:
     places = [flat(one.module)]
     for rate in (1.0, 3.0, 1.0):
         give_gradients(one, 0.01)
-        one.step(one.clip_gradient(), rate)
+        one.step(float(one.clip_gradient()), rate)
         places.append(flat(one.module))
     first, second, third = (float((b - a).norm()) for a, b in pairwise(places))
     assert second == pytest.approx(3 * first, rel=1e-3)
@@ -157,7 +157,7 @@ def test_a_restored_peer_learns_what_it_would_have_learned(
     for update in range(4):
         learn(one, update, rate=2.0)
     give_gradients(one, float("nan"))
-    one.step(one.clip_gradient())
+    one.step(float(one.clip_gradient()))
     restored.load_state_dict(stored(one.state_dict()))
     assert (restored.skipped, restored.stuck, restored.restarts) == (1, 1, 0)
     for both in (one, restored):
@@ -265,7 +265,7 @@ def test_a_peer_of_another_precision_keeps_its_weights_and_says_nearly_the_same(
             said = peer.learn(x).logits
             assert said.dtype == torch.float32
             functional.cross_entropy(said, y).backward()
-            peer.step(peer.clip_gradient())
+            peer.step(float(peer.clip_gradient()))
     for asked in ("predict", "predict_average"):
         one, other = (getattr(peer, asked)(x).logits for peer in (rough, exact))
         assert one.dtype == torch.float32

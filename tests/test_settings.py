@@ -7,13 +7,16 @@ import pytest
 import torch
 from test_commands import streamkd
 from torch import nn
+from worlds import batches, stored
 
 from runners.feeds import KINDS, orders
 from runners.feeds.files import text_file
 from runners.settings import Configuration, load
 from runners.shipped import shipped
 from streamkd import (
+    Engine,
     Output,
+    Peer,
     adapters,
     augment,
     capacity,
@@ -304,6 +307,44 @@ def test_deterministic_runs_are_on_the_cpu() -> None:
     assert build_engine(load("default", ["deterministic=true"]), (5,)).device.type == "cpu"
     with pytest.raises(ConfigError, match="deterministic"):
         build_engine(load("default", ["deterministic=true", "device=cuda"]), (5,))
+
+
+def with_optimizers(optimizer: str) -> Engine:
+    return build_engine(load("default", [f"peers.{index}.optimizer={{{optimizer}}}" for index in range(3)]), (5,))
+
+
+def gathered(made: Engine) -> list[bool | None]:
+    return [peer.optimizer.param_groups[0].get("fused") for peer in made.cohort.peers if isinstance(peer, Peer)]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "fused"),
+    [
+        ("kind='sgd', lr=0.1", True),
+        ("kind='adam'", True),
+        ("kind='adamw', fused=false", False),
+        ("kind='adam', foreach=true", None),
+        ("kind='rmsprop'", None),
+    ],
+)
+def test_an_optimizer_steps_by_one_kernel_where_there_is_one_and_nothing_else_was_asked_for(
+    optimizer: str, *, fused: bool | None
+) -> None:
+    assert gathered(with_optimizers(optimizer)) == [fused] * 3
+
+
+@pytest.mark.parametrize("optimizer", ["kind='adam'", "kind='adamw'", "kind='adagrad'", "kind='sgd', momentum=0.9"])
+def test_one_kernel_comes_to_what_many_come_to_and_goes_on_with_what_they_have_gathered(optimizer: str) -> None:
+    stream = batches(480)
+    fused, plain = with_optimizers(optimizer), with_optimizers(f"{optimizer}, fused=false")
+    for batch in stream[:15]:
+        one, other = fused.step(batch), plain.step(batch)
+        assert torch.allclose(one.served, other.served, atol=1e-4)
+    fused.load_state_dict(stored(plain.state_dict()))
+    assert gathered(fused) == [True] * 3
+    for batch in stream[15:]:
+        one, other = fused.step(batch), plain.step(batch)
+        assert torch.allclose(one.served, other.served, atol=1e-4)
 
 
 def test_options_are_checked_by_their_types() -> None:

@@ -47,6 +47,7 @@ OPTIMIZERS: dict[str, Callable[[float], MakeOptimizer]] = {
     "sgd": lambda lr: partial(torch.optim.SGD, lr=lr),
     "momentum": lambda lr: partial(torch.optim.SGD, lr=lr, momentum=0.9, weight_decay=1e-3),
     "adam": lambda lr: partial(torch.optim.Adam, lr=lr / 10),
+    "fused": lambda lr: partial(torch.optim.AdamW, lr=lr / 10, fused=True),
 }
 
 
