@@ -1,6 +1,7 @@
 """What an engine does on a GPU, tried where there is none; see `elsewhere`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -15,7 +16,7 @@ from runners.settings import load
 from streamkd import UNLABELLED, Batch, Engine, Peer, checkpoint, config
 from streamkd.config import build_engine
 
-FEATURES, RECORDS = (5,), 112
+FEATURES = (5,)
 IMAGE = (1, 12, 12)
 SETTINGS: dict[str, Sequence[str]] = {
     "default": [],
@@ -52,6 +53,16 @@ def begun_there(monkeypatch: pytest.MonkeyPatch) -> None:
         return peer
 
     monkeypatch.setattr(Peer, "to", to)
+
+
+def records() -> list[Batch]:
+    """The world, some of whose labels come late, with a class that was never seen among the others."""
+    return [
+        replace(
+            batch, y=torch.where(batch.y == 1, CLASSES, batch.y), late={name: 2 * y for name, y in batch.late.items()}
+        )
+        for batch in batches(112, late=True)
+    ]
 
 
 def pictures(*, unlabelled: bool) -> list[Batch]:
@@ -91,7 +102,7 @@ def numbers(value: Any) -> chain[float]:
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_on_a_gpu_it_says_what_it_says_on_the_cpu(settings: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = batches(RECORDS, late=True)
+    stream = records()
     here = told(engine(settings, FEATURES, torch.device("cpu"), monkeypatch), stream)
     with Elsewhere():
         there = told(engine(settings, FEATURES, GPU, monkeypatch), stream)
@@ -112,7 +123,7 @@ def test_and_of_images(augment: str | None, monkeypatch: pytest.MonkeyPatch, *, 
 
 @pytest.mark.parametrize("settings", [SETTINGS[name] for name in ("default", "adam", "features", "bandit")])
 def test_what_was_saved_on_a_gpu_goes_on_on_the_cpu(settings: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = batches(RECORDS, late=True)
+    stream = records()
     with Elsewhere():
         unbroken = engine(settings, FEATURES, GPU, monkeypatch)
         told(unbroken, stream[:8])
@@ -129,7 +140,7 @@ def test_a_gpu_is_waited_for_once_to_answer_once_an_update_and_once_for_the_loss
 ) -> None:
     with Elsewhere() as gpu:
         made = engine(SETTINGS[name], FEATURES, GPU, monkeypatch)
-        for batch in batches(RECORDS, late=True):
+        for batch in records():
             before = gpu.reads, made.cohort.updates
             report = made.step(batch)
             recalled = len(report.replay.ages) > 0
@@ -139,7 +150,7 @@ def test_a_gpu_is_waited_for_once_to_answer_once_an_update_and_once_for_the_loss
 def test_what_waits_and_what_is_remembered_takes_no_room_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with Elsewhere():
         made = engine([], FEATURES, GPU, monkeypatch)
-        told(made, batches(RECORDS, late=True))
+        told(made, records())
         state = made.state_dict()
         kept = tree_leaves((state["replay"], state["pending"]))
         assert not any(isinstance(leaf, Remote) for leaf in kept)
