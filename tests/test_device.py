@@ -56,13 +56,11 @@ def begun_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def records() -> list[Batch]:
-    """The world, some of whose labels come late, with a class that was never seen among the others."""
-    return [
-        replace(
-            batch, y=torch.where(batch.y == 1, CLASSES, batch.y), late={name: 2 * y for name, y in batch.late.items()}
-        )
-        for batch in batches(112, late=True)
-    ]
+    """The world, some of whose labels come late, with classes among the others that were never seen."""
+    stream = batches(112, late=True)
+    labels = [torch.where(batch.y == 1, CLASSES, batch.y) for batch in stream]
+    late = [{name: CLASSES if y == 1 else y for name, y in batch.late.items()} for batch in stream]
+    return [replace(batch, y=y, late=told) for batch, y, told in zip(stream, labels, late, strict=True)]
 
 
 def pictures(*, unlabelled: bool) -> list[Batch]:
