@@ -197,7 +197,7 @@ def distill(configuration: Configuration, history: History, plan: Plan, told: Ca
 def _look_through(engine: Engine, history: History, batch: int) -> None:
     """Learn scales and classes, in the order of time."""
     for x in torch.split(history.x, batch):
-        engine.inputs.update(x.to(engine.device))
+        engine.inputs.update(x)
     engine.seen[history.y[labelled(history.y)]] = True
 
 

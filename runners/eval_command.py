@@ -54,6 +54,8 @@ def main(
     console.print(table(done))
     for evaluation in done:
         _tell_refused(evaluation, passes[0], console)
+    for trouble in {evaluation.uncompiled: None for evaluation in done if evaluation.uncompiled}:
+        console.print(f"not compiled: {trouble}; it learned as without compile = true, only slower", markup=False)
     if json_to is not None:
         results = [evaluation.as_json() for evaluation in done]
         write_json(json_to, results[0] if len(results) == 1 else results)

@@ -33,6 +33,7 @@ class Evaluation:
         seconds: the pass took, decoding included.
         refused: records that could not be used, by reason.
         labels: the classes, as they are written, in order of appearance.
+        uncompiled: why updates that were to be compiled were not; empty where they were, or were not to be.
     """
 
     seed: int
@@ -42,6 +43,7 @@ class Evaluation:
     seconds: float
     refused: Mapping[str, int]
     labels: Sequence[str]
+    uncompiled: str = ""
 
     @property
     def records_per_second(self) -> float:
@@ -68,6 +70,7 @@ class Evaluation:
             "baselines": {name.replace("-", "_"): measures[name] for name in (NO_CHANGE, MAJORITY)},
             "classes": list(self.labels),
             "dead_letters": dict(self.refused),
+            "uncompiled": self.uncompiled,
         }
 
 
@@ -131,6 +134,7 @@ def evaluate(
             seconds,
             running.dead_letters.counts,
             classes if isinstance(classes, list) else [],
+            running.engine.cohort.uncompiled,
         )
     finally:
         running.close()

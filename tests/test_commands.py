@@ -135,6 +135,19 @@ def test_eval_gives_the_same_figures_twice(monkeypatch: pytest.MonkeyPatch, caps
     assert results[0] == results[1]
 
 
+def test_eval_says_why_nothing_was_compiled_and_learns_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"), 200)
+    settings = ["--set", "compile=true", "--set", "distillation.scheme=ensemble", "--seed", "1", "2"]
+    arguments = ["eval", "default", "d.csv", "--label", "y", "--json", "out.json", *settings]
+    assert streamkd(monkeypatch, *arguments) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.count("not compiled: it takes peers of one architecture") == 1
+    results = json.loads(Path("out.json").read_text(encoding="utf-8"))
+    assert [(result["records"], result["uncompiled"][:8]) for result in results] == [(200, "it takes")] * 2
+
+
 def test_eval_refuses_broken_rows_counts_them_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
