@@ -23,7 +23,7 @@ from streamkd.errors import CheckpointError, DamagedError
 PARTS = ("tensors", "memories")
 ABOUT = "state.json"
 MANIFEST = "MANIFEST.json"
-FORMAT = 3
+FORMAT = 4
 _NAME = re.compile(r"step-\d{12}")
 
 

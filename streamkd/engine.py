@@ -423,14 +423,15 @@ class Engine:
 
     def _peer_reports(self, learned: Sequence[Learned], counts: Mapping[str, Mapping[str, int]]) -> Later:
         # All of these are replaced when they change, so what is here now is here for good.
-        cohort, size, tables, weights = self.cohort, len(self.cohort), self.transfer.tables, self.served.weights
+        cohort, size, weights = self.cohort, len(self.cohort), self.served.weights
+        answers, taught_by = self.transfer.answers, self.transfer.teacher
         losses, accuracies, softness = cohort.losses, cohort.accuracies, cohort.softness
         capacities, teacher = cohort.capacities, self.roles.teacher
 
         def work_out() -> list[PeerReport]:
             shares = weights.view(2, size).sum(0).tolist()
             told = means(learned).mean(0) if learned else np.zeros((5, size))
-            transferred = efficiencies(tables)
+            transferred = efficiencies(answers, taught_by)
             capacity = capacities[teacher]
             return [
                 PeerReport(

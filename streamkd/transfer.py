@@ -7,67 +7,79 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+Classes = NDArray[np.int64]
 TINY = 1e-6
 """A teacher of less entropy than this, in nats, is taken for one that always answers the same."""
 
 
 class TransferEfficiency:
-    """eta = I(argmax p_T; argmax p_S) / H(argmax p_T), from a table of answers that forgets exponentially.
+    """eta = I(argmax p_T; argmax p_S) / H(argmax p_T), over the latest answers.
 
-    1 when the student's answer tells the teacher's, 0 when it says nothing of it; 0 as well, not NaN, for a teacher
-    that always answers the same.
+    The answers are kept, and counted when somebody asks: a record costs the same however many classes there are.
 
     Args:
         peers: how many.
-        gamma: how much of the table a record leaves standing.
+        window: how many records are looked at; fewer after a change of teacher, which begins anew.
     """
 
-    def __init__(self, peers: int, gamma: float = 0.998) -> None:
-        self.gamma = gamma
-        self.tables = np.zeros((peers, 2, 2))  # [student, teacher's answer, student's answer]
+    def __init__(self, peers: int, window: int = 1_000) -> None:
+        self.window = window
         self.teacher = 0
+        self._begin(np.zeros((peers, 0), np.int64))
+
+    def _begin(self, answers: Classes) -> None:
+        peers, self._end = answers.shape
+        self._first = 0
+        self._answers = np.empty((peers, 2 * self.window), np.int64)
+        self._answers[:, : self._end] = answers
+
+    @property
+    def answers(self) -> Classes:
+        """`[peers, records]`, the latest; what was returned once does not change any more."""
+        return self._answers[:, max(self._first, self._end - self.window) : self._end]
 
     def update(self, answers: Tensor, teacher: int) -> None:
-        """Take in the answers `[peers, n]` (class indices); a new teacher starts a new table."""
+        """Take in the answers `[peers, n]` (class indices)."""
         if teacher != self.teacher:
-            self.teacher = teacher
-            self.tables = np.zeros_like(self.tables)
-        said = answers.cpu().numpy()
-        wider = int(said.max()) + 1 - self.tables.shape[1] if said.size else 0
-        if wider > 0:  # a class that was never answered before
-            self.tables = np.pad(self.tables, ((0, 0), (0, wider), (0, wider)))
-        peers, classes, _ = self.tables.shape
-        cells = np.arange(peers)[:, None] * classes**2 + said[teacher] * classes + said
-        new = np.bincount(cells.ravel(), minlength=self.tables.size).reshape(self.tables.shape)
-        self.tables = self.gamma ** said.shape[1] * self.tables + new
+            self.teacher, self._first = teacher, self._end
+        said = answers.cpu().numpy()[:, -self.window :]
+        if self._end + said.shape[1] > self._answers.shape[1]:
+            self._begin(self.answers)
+        end = self._end + said.shape[1]
+        self._answers[:, self._end : end] = said
+        self._end = end
 
     @property
     def values(self) -> list[float]:
         """See `efficiencies`."""
-        return efficiencies(self.tables)
+        return efficiencies(self.answers, self.teacher)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the table."""
-        return {"tables": torch.from_numpy(self.tables), "teacher": self.teacher}
+        """Return the answers that count."""
+        return {"answers": torch.from_numpy(self.answers), "teacher": self.teacher}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self.tables, self.teacher = state["tables"].numpy(), state["teacher"]
+        self.teacher = state["teacher"]
+        self._begin(state["answers"].numpy())
 
 
-def efficiencies(tables: NDArray[np.float64]) -> list[float]:
-    """Return eta of each table `[peers, teacher's answer, student's answer]`, between 0 and 1.
+def efficiencies(answers: Classes, teacher: int) -> list[float]:
+    """Return eta of each peer from answers `[peers, records]`, class indices.
 
-    The teacher's own is 1 where its answers vary.
+    1 where an answer tells the teacher's, as its own does, and 0 where it says nothing of it; 0 as well, not NaN, for
+    all of a teacher that always answers the same.
     """
-    cells, rows, columns = tables.reshape(len(tables), -1), tables.sum(2), tables.sum(1)
-    counts = np.concatenate([cells, rows, columns], 1)
-    terms = counts * np.log(np.maximum(counts, 1e-300))
-    ends = (0, cells.shape[1], cells.shape[1] + rows.shape[1])
-    # With n counts in all, an entropy is ln n - (sum of count ln count) / n.
-    total = np.maximum(rows.sum(1), 1e-300)
-    both, teachers, students = np.log(total) - (np.add.reduceat(terms, ends, 1) / total[:, None]).T
-    return [
-        min(1.0, max(0.0, (one + other - joint) / one)) if one > TINY else 0.0
-        for joint, one, other in zip(both.tolist(), teachers.tolist(), students.tolist(), strict=True)
-    ]
+    known = _entropy(answers[teacher])
+    if known <= TINY:
+        return [0.0] * len(answers)
+    pairs = answers[teacher] * (answers.max() + 1) + answers
+    shared = [known + _entropy(own) - _entropy(both) for own, both in zip(answers, pairs, strict=True)]
+    return [min(1.0, max(0.0, one / known)) for one in shared]
+
+
+def _entropy(values: Classes) -> float:
+    """In nats; of nothing, 0."""
+    counts = np.unique(values, return_counts=True)[1]
+    shares = counts / max(1, len(values))
+    return -float(shares @ np.log(shares))
