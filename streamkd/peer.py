@@ -138,7 +138,8 @@ class Peer:
             to wait for the device.
         """
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        nn.utils.clip_grads_with_norm_(self._parameters, self.clip, norm)
+        if not norm.is_cpu or self.clip < norm < math.inf:  # to ask a device would be to wait for it
+            nn.utils.clip_grads_with_norm_(self._parameters, self.clip, norm)
         for before, now in self._buffers:
             norm = torch.where((before.isfinite() & ~now.isfinite()).any(), math.inf, norm)
         return norm
