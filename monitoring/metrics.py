@@ -22,6 +22,7 @@ from streamkd.lesson import Learned, agreement, means
 from streamkd.report import SERVED, Report, Scored
 
 PHASES = ("predict", "score", "adapt", "recall", "learn", "remember", "checkpoint")
+_SERIES = {phase: series for series, phase in enumerate(PHASES)}
 PARTS = ("hard", "soft", "total")
 SWAP_REASONS = ("drift", "periodic")
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1.0)
@@ -186,8 +187,8 @@ class Metrics:
         self.trained.inc(sum(report.trained for report in reports))
         self.taught.inc(sum(report.taught for report in reports))
         self.batch_records.observe(sizes)
-        spent = [(PHASES.index(phase), time) for report in reports for phase, time in report.seconds.items()]
-        self.step_duration.observe([time for _, time in spent], [series for series, _ in spent])
+        spent = [time for report in reports for time in report.seconds.values()]
+        self.step_duration.observe(spent, [_SERIES[phase] for report in reports for phase in report.seconds])
         self._drifts.inc(sum(len(report.drift) for report in reports))
         for report in reports:
             if report.swap is not None:

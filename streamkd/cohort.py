@@ -70,6 +70,7 @@ class Cohort:
         self.distillation = distillation or Distillation()
         size = len(self.peers)
         self.names = [peer.name for peer in self.peers]
+        self.sources = [*self.names, *self.names, SERVED]  # of `pairs`, by name
         self.losses = [0.0] * size  # running means over 50 batches, in nats
         self.accuracies = [0.0] * size
         self.observed = 0
@@ -328,10 +329,6 @@ class Cohort:
         """Return who teaches whom, as (source, student); see `schemes`."""
         scheme: Callable[[int, int], schemes.Pairs] = getattr(schemes, self.distillation.scheme)
         return scheme(len(self), teacher)
-
-    def source_name(self, source: int) -> str:
-        """Return the name of a source of `pairs`."""
-        return SERVED if source == 2 * len(self) else self.names[source % len(self)]
 
     def _prepare(self, device: torch.device) -> Pairs:
         """Gather what the schedules said into tensors, once for all the updates until they are asked again."""

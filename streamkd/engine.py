@@ -391,7 +391,7 @@ class Engine:
             records=self.records,
             size=len(batch),
             unlabelled=said.y.tolist().count(UNLABELLED),
-            trained=len(scored.y) - len(faults) if stepped else 0,
+            trained=scored.y.shape[0] - len(faults) if stepped else 0,
             faults=faults,
             classes=self._met,
             rate=cohort.rate,
@@ -405,7 +405,7 @@ class Engine:
             peers=self._peer_reports(learned, counts),
             learned=tuple(learned),
             unsound=counts,
-            alphas={(cohort.source_name(i), names[j]): value for (i, j), value in cohort.alphas.items()},
+            alphas={(cohort.sources[i], names[j]): value for (i, j), value in cohort.alphas.items()},
             drift=drifts,
             swap=None if swap is None else SwapReport(names[swap.before], names[swap.after], swap.reason),
             replay=ReplayReport(
