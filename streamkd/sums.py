@@ -64,18 +64,15 @@ class Totals:
         Depths drawn evenly find each place in proportion to its number; one of 0 is never found, unless all are 0.
         """
         *blocks, top = self._levels
-        sums = top[0].cumsum()
-        depths = np.minimum(depths, np.nextafter(sums[-1], 0))
-        places: Index = sums.searchsorted(depths, "right")
-        if not blocks:
-            return places
-        depths = depths - np.where(places > 0, sums[places - 1], 0.0)
-        each = np.arange(len(depths))
+        sums, row = top.cumsum(1), np.zeros(1, np.int64)
+        depths = np.minimum(depths, np.nextafter(sums[0, -1], 0))
+        places: Index = sums[0].searchsorted(depths, "right")
+        within = places
         for level in reversed(blocks):
-            rows = level[places].cumsum(1)
+            depths = depths - np.where(within > 0, sums[row, within - 1], 0.0)
+            sums, row = level[places].cumsum(1), np.arange(len(depths))
             # The block's sum was added up in another order: what is left must stay under what it comes to here.
-            depths = np.minimum(depths, np.nextafter(rows[:, -1], 0))
-            within = (rows <= depths[:, None]).sum(1)
-            depths = depths - np.where(within > 0, rows[each, within - 1], 0.0)
+            depths = np.minimum(depths, np.nextafter(sums[:, -1], 0))
+            within = (sums > depths[:, None]).argmax(1)
             places = places * FAN + within
         return places
