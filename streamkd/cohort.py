@@ -233,36 +233,38 @@ class Cohort:
 
     def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Bring every peer its gradient, clipped; take no step yet."""
-        norms: list[float] = []
-        parts, sound = lesson.split(self.fitting.at_once), list[Tensor]()
-        told = [self._bring(part, norms, sound, seen=seen, weights=weights, add=part is not parts[0]) for part in parts]
+        parts = lesson.split(self.fitting.at_once)
+        brought = [self._bring(part, seen=seen, weights=weights, add=part is not parts[0]) for part in parts]
         found = self._in_order([group.clip() for group in self.groups])
-        for known in sound:
-            found = torch.where(known, found, math.nan)
-        norms += found.tolist()  # all that is known of an update on its way is read here, and at once
+        for _, sound in brought:
+            if sound is not None:
+                found = torch.where(sound, found, math.nan)
+        norms: list[float] = found.tolist()  # all that has to be known of an update on its way is read here, at once
         if self._frozen(teacher, teacher):
             norms[teacher] = 0.0
+        told = [learned(norms) for learned, _ in brought]
         return told[0] if len(told) == 1 else side_by_side(lesson, told)
 
     def _bring(
-        self, lesson: Lesson, norms: list[float], sound: list[Tensor], *, seen: Tensor, weights: Tensor, add: bool
-    ) -> Learned:
-        """Bring every peer its gradient, or add it to the last one; `sound` gets whose loss is finite, `[peers]`.
+        self, lesson: Lesson, *, seen: Tensor, weights: Tensor, add: bool
+    ) -> tuple[Callable[[Sequence[float]], Learned], Tensor | None]:
+        """Bring every peer its gradient, or add it to the last one.
 
-        Where that is known of all of them, nothing is added there. The `norms` of what is returned are to come.
+        Returns:
+            What it did, but for the norms; and whose loss is finite, `[peers]` bool, or None where all are.
         """
         asked, lesson = lesson, lesson.unrolled()
         logits = self._in_order([group.learn(lesson.x, len(seen)) for group in self.groups])
         rule = self._lessons = self._lessons or self._prepare(logits.device)
         hints: dict[int, Tensor] = {}
-        how, told = self.distillation, None
+        how, told, sound = self.distillation, None, None
         if self._plain and asked.plain and logits.is_cpu and (how.by_peers or not rule.teach):
             told = in_arrays(logits, seen, lesson, rule, gate=how.gate, cap=how.cap)
         if told is not None:
             parts, gradient, answers = told
         else:
             parts, gradient, answers, hints = self._gradient(logits, asked, lesson, rule, seen=seen, weights=weights)
-            sound.append(parts[0].sum(1).isfinite())  # a loss that is not finite may have a gradient that is
+            sound = parts[0].sum(1).isfinite()  # a loss that is not finite may have a gradient that is
         for group in self.groups:
             own = gradient if len(self.groups) == 1 else gradient[group.members]
             hint = hints.get(group.members[0]) if hints else None
@@ -271,7 +273,8 @@ class Cohort:
             shape = (1 + len(asked.views), len(asked))
             parts = parts.reshape(3, len(self), *shape).mean(2)
             answers = answers[:, : len(asked)]
-        return Learned(asked.y, asked.weights, parts[0].sum(0) / len(self), parts, answers, rule.betas, norms)
+        losses = parts[0].sum(0) / len(self)
+        return partial(Learned, asked.y, asked.weights, losses, parts, answers, rule.betas), sound
 
     def _gradient(
         self, logits: Tensor, asked: Lesson, lesson: Lesson, rule: Pairs, *, seen: Tensor, weights: Tensor
