@@ -1,7 +1,6 @@
 """Would it run? The configuration resolved, the first records read, the models tried on them."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
@@ -79,13 +78,17 @@ def _try_process(running: session.Session) -> None:
     """Find out what a run finds out at its start: the port, and whether its checkpoints could go on."""
     http, directory = running.configuration.http, running.configuration.checkpoint.directory
     listen(http.host, http.port).close()
+    damage = []
     for path in checkpoint.found(directory):
-        with suppress(DamagedError):  # a run would go on from the one before
+        try:
             _, about = checkpoint.load(path)
-            saver.check_same(about, about["position"], running, path)
-            return
-    if checkpoint.found(directory):
-        raise saver.none_whole(directory)
+        except DamagedError as error:  # a run would go on from the one before
+            damage.append(error)
+            continue
+        saver.check_same(about, about["position"], running, path)
+        return
+    if damage:
+        raise saver.none_whole(directory, damage)
 
 
 def _without_none(value: Any) -> Any:

@@ -4,7 +4,7 @@ import fcntl
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -82,19 +82,20 @@ class Saver:
         Raises:
             CheckpointError: there are checkpoints and none is whole, or they are of other models.
         """
-        candidates = checkpoint.found(self.settings.directory)
-        for attempt, path in enumerate(candidates):
+        damage: list[DamagedError] = []
+        for attempt, path in enumerate(checkpoint.found(self.settings.directory)):
             try:
                 position = self._read(path)
             except DamagedError as error:
                 self._log.error("checkpoint refused", path=str(path), reason=str(error))
                 self._refused.add(path)
+                damage.append(error)
                 continue
             self._take_up(position, "fallback" if attempt else "success")
             self._log.info("restored", path=str(path), records=self._session.engine.records)
             return
-        if candidates:
-            raise none_whole(self.settings.directory)
+        if damage:
+            raise none_whole(self.settings.directory, damage)
         begun = warm_start.begin(self._session)
         if begun is not None:
             self._log.info("warm start", path=str(begun))
@@ -243,11 +244,11 @@ def _sole(directory: Path) -> int:
     return handle
 
 
-def none_whole(directory: Path) -> CheckpointError:
-    """Return what is said of a directory in which every checkpoint is damaged."""
+def none_whole(directory: Path, damage: Sequence[DamagedError]) -> CheckpointError:
+    """Return what is said of a directory in which no checkpoint can be used; what is wrong, the newest's first."""
     return CheckpointError(
-        f"checkpoint.directory = {str(directory)!r}: none of its {len(checkpoint.found(directory))} checkpoints is "
-        "whole; restore one from a backup, or start afresh in an empty directory"
+        f"checkpoint.directory = {str(directory)!r}: none of its {len(damage)} checkpoints can be used; the newest: "
+        f"{damage[0]}; restore one from a backup, or start afresh in an empty directory"
     )
 
 

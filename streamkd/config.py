@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from types import ModuleType
@@ -223,7 +223,7 @@ def _peers(settings: EngineSettings, shape: Sequence[int], *, tapped: bool) -> I
         made = Peer(
             peer.name,
             builds[peer.name],
-            _optimizer(peer.optimizer, f"{key}.optimizer"),
+            _optimizer(peer.optimizer, f"{key}.optimizer", fused=":" not in peer.model.kind),
             horizon=peer.ema_horizon,
             clip=peer.clip,
             seed=settings.seed * 1_000 + index,
@@ -288,13 +288,16 @@ def _logits(answer: Callable[[torch.Tensor], Output], x: torch.Tensor) -> Any:
     return answer(x).logits
 
 
-def _fuses(factory: Callable[..., Any], options: Mapping[str, Any]) -> bool:
-    """Whether an optimizer of torch's has a fused kernel, and nothing that was asked for stands against it."""
-    return "fused" in parameters(factory) and not {"fused", "foreach", "differentiable"} & options.keys()
+def _optimizer(part: Part, key: str, *, fused: bool) -> MakeOptimizer:
+    """Return an optimizer of `torch.optim`, by its name in any case, or the user's own.
 
-
-def _optimizer(part: Part, key: str) -> MakeOptimizer:
-    """Return an optimizer of `torch.optim`, by its name in any case, or the user's own."""
+    Args:
+        part: the table.
+        key: of the table, for the message.
+        fused: take one kernel for all weights, which torch has for some optimizers, unless something else is asked for.
+            By itself torch would not, on the CPU. Such a kernel goes by the memory of dense weights, whatever a model
+            of the user's own may have.
+    """
     named = {name.lower(): value for name, value in vars(torch.optim).items() if inspect.isclass(value)}
     options = part.options
     if ":" in part.kind:
@@ -307,11 +310,11 @@ def _optimizer(part: Part, key: str) -> MakeOptimizer:
         if name not in parameters(factory):
             raise ConfigError(f"{key}.{name}: no such option of {part.kind}{did_you_mean(name, parameters(factory))}")
 
-    # One kernel for all weights: torch has it for some optimizers, and would not take it by itself on the CPU.
-    fused = {"fused": True} if ":" not in part.kind and _fuses(factory, options) else {}
+    if fused and ":" not in part.kind and "fused" in parameters(factory) and not _OTHERWISE & options.keys():
+        options = {**options, "fused": True}
 
     def build(parameters: Any) -> torch.optim.Optimizer:
-        optimizer = tried(lambda: factory(parameters, **fused, **options), part, key)
+        optimizer = tried(lambda: factory(parameters, **options), part, key)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(f"{key}.kind = {part.kind!r}: made a {type(optimizer).__name__}, not a torch Optimizer")
         for name, value in ((name, value) for group in optimizer.param_groups for name, value in group.items()):
@@ -320,3 +323,7 @@ def _optimizer(part: Part, key: str) -> MakeOptimizer:
         return optimizer
 
     return build
+
+
+_OTHERWISE = {"fused", "foreach", "differentiable"}
+"""Options of torch's optimizers that say by which kernels they step."""

@@ -11,6 +11,7 @@ UNSEEN = -1e9
 
 def mask_unseen(logits: Tensor, seen: Tensor) -> Tensor:
     """Return the logits `[..., classes]` with the classes that are not `seen` `[classes]` ruled out."""
+    # Only the CPU is asked, here and below: to ask a device would be to wait for it.
     return logits if seen.is_cpu and seen.numpy().all() else logits.masked_fill(~seen, UNSEEN)
 
 
@@ -26,7 +27,7 @@ def labels_loss(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy as above, its gradient at the logits, and the probabilities: one log-softmax gives all three."""
     log_p = logits.log_softmax(-1)
     p = log_p.exp()
-    known = None if y.is_cpu and int(y.min()) >= 0 else y != UNLABELLED  # to ask a device would be to wait for it
+    known = None if y.is_cpu and int(y.min()) >= 0 else y != UNLABELLED
     picked = (y if known is None else y.clamp(min=0)).expand(logits.shape[:-1])[..., None]
     loss = -log_p.gather(-1, picked)[..., 0]
     gradient = p.scatter_add(-1, picked, p.new_full((1,), -1.0).expand(picked.shape))

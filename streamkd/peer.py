@@ -67,16 +67,17 @@ class Peer:
             self.module = self._build().to(self._device)
         if _alike(weights, self.module.state_dict()) and _sound(weights):
             self.module.load_state_dict(weights)
+        self.average = deepcopy(self.module).requires_grad_(requires_grad=False).eval()
+        self._gather()
+
+    def _gather(self) -> None:
+        """Note all weights where they lie, and make the optimizer for them, some of which gather at once."""
         self._parameters = list(self.module.parameters())
         self.optimizer = self._make_optimizer(self._parameters)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.average = deepcopy(self.module).requires_grad_(requires_grad=False).eval()
         self._averaged: list[Tensor] = list(self.average.parameters())
         self._current: list[Tensor] = list(self._parameters)
-        self._pair_buffers()
-
-    def _pair_buffers(self) -> None:
-        """Note the buffers as they were after the last step, of which the average has copies, beside those in use."""
+        # The buffers as they were after the last step, of which the average has copies, beside those in use.
         self._buffers = list(zip(self.average.buffers(), self.module.buffers(), strict=True))
 
     @property
@@ -86,10 +87,11 @@ class Peer:
 
     def to(self, device: torch.device) -> "Peer":
         """Move the model and its average; call before the first update."""
-        self._device = device
-        self.module.to(device)
-        self.average.to(device)
-        self._pair_buffers()
+        if device != self._device:
+            self._device = device
+            self.module.to(device)
+            self.average.to(device)
+            self._gather()
         return self
 
     def roll_back(self) -> None:
@@ -138,7 +140,7 @@ class Peer:
             to wait for the device.
         """
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        if not norm.is_cpu or self.clip < norm < math.inf:  # to ask a device would be to wait for it
+        if not norm.is_cpu or self.clip < norm:  # to ask a device would be to wait for it
             nn.utils.clip_grads_with_norm_(self._parameters, self.clip, norm)
         for before, now in self._buffers:
             norm = torch.where((before.isfinite() & ~now.isfinite()).any(), math.inf, norm)

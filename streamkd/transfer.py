@@ -56,7 +56,7 @@ class TransferEfficiency:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the answers that count."""
-        return {"answers": torch.from_numpy(self.answers), "teacher": self.teacher}
+        return {"answers": torch.from_numpy(self.answers.copy()), "teacher": self.teacher}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""

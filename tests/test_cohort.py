@@ -336,6 +336,18 @@ def test_a_static_teacher_stops_learning_and_goes_on_teaching() -> None:
     assert torch.equal(nn.utils.parameters_to_vector(cohort.peers[0].average.parameters()), average)
     assert not any(torch.equal(flat(peer), weights) for peer, weights in zip(cohort.peers[1:], students, strict=True))
     assert float(means([learned])[0][1][1:].min()) > 0
+    assert learned.norms[0] == 0.0 < min(learned.norms[1:])
+
+
+@pytest.mark.parametrize("at_once", [2, 4, 6])
+def test_a_loss_that_is_not_finite_is_found_in_whatever_part_it_lies_though_its_gradient_is(at_once: int) -> None:
+    cohort = tables(plainly("none"))
+    cohort.fitting.at_once = at_once
+    for peer in cohort.peers:
+        peer.module.logits.data[5] = torch.tensor([-3e38, 3e38, 3e38])  # type: ignore[union-attr]
+    learned = learn(cohort, lesson_of_rows([0, 1, 2, 0, 1, 0]))
+    assert learned.faulty == (5,)
+    assert learned.finite
 
 
 def test_a_teacher_with_no_weight_left_to_train_can_teach() -> None:
@@ -417,10 +429,11 @@ def test_a_class_that_was_never_seen_moves_no_weight(scheme: str) -> None:
     assert not torch.allclose(rows_of(cohort)[..., 0], before[..., 0], atol=1e-2)
 
 
+@pytest.mark.parametrize("gate", ["open", "soft"])
 @pytest.mark.parametrize("scheme", ["leader", "mutual", "average", "ensemble"])
-def test_a_teacher_that_broke_down_teaches_nothing(scheme: str) -> None:
+def test_a_teacher_that_broke_down_teaches_nothing(scheme: str, gate: str) -> None:
     lesson = lesson_of_rows([0, 1, 2, 0, 1, 2])
-    cohort, alone = tables(plainly(scheme)), tables(plainly("none"))
+    cohort, alone = tables(plainly(scheme, gate=gate)), tables(plainly("none"))
     for broken in (cohort.peers[0].module, cohort.peers[0].average):
         for weight in broken.parameters():
             weight.data.fill_(float("nan"))

@@ -338,7 +338,7 @@ def test_no_whole_checkpoint_and_other_models_are_refused_with_exit_code_4(
     for path in checkpoint.found(Path("saved")):
         (path / "tensors.pt").write_bytes(b"nothing")
     assert run_once(monkeypatch) == 4
-    assert "none of its 1 checkpoints is whole" in capsys.readouterr().err
+    assert "none of its 1 checkpoints can be used; the newest: " in capsys.readouterr().err
 
 
 def test_a_full_disk_does_not_stop_the_learning_and_is_told_at_the_end() -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from worlds import CLASSES, batches, stored
 
 from runners.settings import load
-from streamkd import UNLABELLED, Batch, Engine, Peer, checkpoint, config
+from streamkd import UNLABELLED, Batch, Engine, checkpoint, config
 from streamkd.config import build_engine
 
 FEATURES = (5,)
@@ -33,6 +33,7 @@ SETTINGS: dict[str, Sequence[str]] = {
     "features": ["distillation.features={kind='hint', adapter='linear'}"],
     "fisher": ["distillation.capacity=fisher"],
     "adam": [f"peers.{index}.optimizer={{kind='adam', lr=0.01}}" for index in range(3)],
+    "adagrad": [f"peers.{index}.optimizer={{kind='adagrad', lr=0.05}}" for index in range(3)],
     "momentum": ["peers.1.optimizer={kind='sgd', lr=0.1, momentum=0.9, fused=false}"],
     "of two shapes": ["peers.1.model={kind='mlp', widths=[9]}"],
     "river": ["peers.0.model={kind='river:tree.HoeffdingTreeClassifier'}"],
@@ -41,18 +42,6 @@ SETTINGS: dict[str, Sequence[str]] = {
     "bandit": ["roles.rule=bandit"],
     "as they are": ["inputs.standardise=false"],
 }
-
-
-@pytest.fixture(autouse=True)
-def begun_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let models be made where they are to be: torch cannot move a parameter to what it takes for another kind."""
-
-    def to(peer: Peer, device: torch.device) -> Peer:
-        peer._device = device  # noqa: SLF001 - it is what moving is about
-        peer._start({})  # noqa: SLF001 - likewise
-        return peer
-
-    monkeypatch.setattr(Peer, "to", to)
 
 
 def records() -> list[Batch]:

@@ -339,10 +339,13 @@ def test_inputs_that_carry_a_gradient_are_taken_as_they_are() -> None:
     assert engine().step(Batch(x.requires_grad_(), y)).trained == 16
 
 
-def alike() -> Engine:
+OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=0.1), "adam": partial(torch.optim.Adam, lr=0.01, fused=True)}
+
+
+def alike(optimizer: str = "sgd") -> Engine:
     """An engine of which nothing is left to autograd."""
     build = partial(mlp, (5,), CLASSES, widths=(8,))
-    return Engine([Peer(name, build, partial(torch.optim.SGD, lr=0.1), seed=1) for name in "ab"], CLASSES)
+    return Engine([Peer(name, build, OPTIMIZERS[optimizer], seed=1) for name in "ab"], CLASSES)
 
 
 def test_it_comes_to_the_same_whether_autograd_could_follow_or_not() -> None:
@@ -386,8 +389,9 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
-def test_what_lasts_is_of_use_to_autograd() -> None:
-    made = alike()
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_what_lasts_is_of_use_to_autograd(optimizer: str) -> None:
+    made = alike(optimizer)
     for batch in batches(1600):
         made.step(batch)
     assert all(peer.good for peer in made.cohort.peers)

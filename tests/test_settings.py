@@ -333,6 +333,11 @@ def test_an_optimizer_steps_by_one_kernel_where_there_is_one_and_nothing_else_wa
     assert gathered(with_optimizers(optimizer)) == [fused] * 3
 
 
+def test_a_model_of_the_users_own_may_have_weights_that_no_such_kernel_takes() -> None:
+    made = build_engine(load("default", ["peers.0.model.kind=test_settings:Net", "max_classes=3"]), (5,))
+    assert gathered(made) == [None, True, True]
+
+
 @pytest.mark.parametrize("optimizer", ["kind='adam'", "kind='adamw'", "kind='adagrad'", "kind='sgd', momentum=0.9"])
 def test_one_kernel_comes_to_what_many_come_to_and_goes_on_with_what_they_have_gathered(optimizer: str) -> None:
     stream = batches(480)

@@ -110,6 +110,20 @@ def test_together_each_comes_to_what_it_comes_to_alone(build: Build, optimizer: 
     assert [peer.taken for peer in stacked.peers if isinstance(peer, Peer)] == [25] * 3
 
 
+def test_each_is_told_its_own_norm_wherever_those_of_its_architecture_stand() -> None:
+    def mixed() -> Cohort:
+        kinds = [BUILDS["normed"], BUILDS["plain"], BUILDS["normed"], BUILDS["linear"]]
+        return cohort([Peer(str(i), build, clip=100.0, seed=i) for i, build in enumerate(kinds)], "none")
+
+    told = []
+    for made in (mixed(), one_by_one(mixed())):
+        made.schedule(1, CLASSES)
+        seen, even = torch.ones(CLASSES, dtype=torch.bool), torch.full((8,), 1 / 8)
+        told.append(made.learn(lesson(0), teacher=1, seen=seen, weights=even).norms)
+    assert told[0] == pytest.approx(told[1], rel=1e-4)
+    assert len({round(norm, 4) for norm in told[0]}) == 4
+
+
 def test_a_member_that_breaks_down_stops_alone() -> None:
     stacked, alone = cohort(peers(BUILDS["normed"]), "none"), one_by_one(cohort(peers(BUILDS["normed"]), "none"))
     for made in (stacked, alone):

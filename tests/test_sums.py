@@ -55,6 +55,21 @@ def test_a_depth_is_found_where_the_running_sum_gets_beyond_it(values: list[floa
     assert (running[found] - plain[found] <= depths + slack).all()
 
 
+@pytest.mark.parametrize("n", [5, 3_000, 70_000])
+def test_a_depth_right_at_a_sum_or_beside_it_is_never_found_at_a_number_of_none(n: int) -> None:
+    for seed in range(20):
+        chance = np.random.default_rng(seed)
+        values = chance.random(n) ** 8
+        values[chance.random(n) < 0.5] = 0.0
+        values[0] = 1e-3
+        made, _ = filled(values.tolist())
+        sums = np.array([made.before(place) for place in chance.integers(0, n, 50)])
+        ends = np.array([0.0, made.total, np.nextafter(made.total, 0)])
+        found = made.find(np.concatenate([ends, sums, np.nextafter(sums, 0), np.nextafter(sums, 1e9)]).clip(0))
+        assert (found < n).all()
+        assert (values[found] > 0).all()
+
+
 def test_a_million_are_found_in_proportion() -> None:
     made = Totals(1_000_000)
     places = np.array([3, 500_000, 999_999])
