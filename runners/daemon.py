@@ -286,7 +286,7 @@ def teaching_pairs(engine: Engine) -> list[tuple[str, str]]:
     """Return every (teacher, student) that can occur, whoever is in office."""
     cohort = engine.cohort
     pairs = {pair for teacher in range(len(cohort)) for pair in cohort.pairs(teacher)}
-    return sorted({(cohort.sources[source], cohort.names[student]) for source, student in pairs})
+    return sorted({(cohort.source_names[source], cohort.names[student]) for source, student in pairs})
 
 
 @contextmanager

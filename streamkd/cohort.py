@@ -70,7 +70,7 @@ class Cohort:
         self.distillation = distillation or Distillation()
         size = len(self.peers)
         self.names = [peer.name for peer in self.peers]
-        self.sources = [*self.names, *self.names, SERVED]  # of `pairs`, by name
+        self.source_names = [*self.names, *self.names, SERVED]  # by the indices in `pairs`
         self.losses = [0.0] * size  # running means over 50 batches, in nats
         self.accuracies = [0.0] * size
         self.observed = 0

@@ -405,7 +405,7 @@ class Engine:
             peers=self._peer_reports(learned, counts),
             learned=tuple(learned),
             unsound=counts,
-            alphas={(cohort.sources[i], names[j]): value for (i, j), value in cohort.alphas.items()},
+            alphas={(cohort.source_names[i], names[j]): value for (i, j), value in cohort.alphas.items()},
             drift=drifts,
             swap=None if swap is None else SwapReport(names[swap.before], names[swap.after], swap.reason),
             replay=ReplayReport(

@@ -121,7 +121,7 @@ def test_each_scheme_says_who_teaches_whom(scheme: str, pairs: set[tuple[int, in
     cohort = networks(plainly(scheme))
     assert set(cohort.pairs(1)) == pairs
     assert len(cohort.pairs(1)) == len(pairs)
-    names = {cohort.sources[source] for source, _ in pairs}
+    names = {cohort.source_names[source] for source, _ in pairs}
     assert names == {"leader": {"b"}, "static": {"b"}, "ensemble": {"served"}, "none": set()}.get(scheme, set("abc"))
 
 
