@@ -301,7 +301,7 @@ def write(directory: Path, distilled: Distilled, history: History) -> Path:
     memories = learned.pop("replay")
     state = checkpoint.stage({"tensors": {"engine": learned, "position": {}}, "memories": memories})
     last = {row.peer: row for row in distilled.rows if not row.alone}
-    about = saver.describe(distilled.configuration, engine, {}, history.known)
+    about = saver.describe(engine, {}, history.known) | saver.lasting(distilled.configuration, engine)
     about |= {
         "accuracy": last[plan.teacher].accuracy,
         "peers": {

@@ -71,6 +71,7 @@ class Saver:
         self._covered_steps = 0
         self.covered = 0
         self.position: Mapping[str, Any] = {}
+        self._lasting = lasting(running.configuration, running.engine)
         probe(self.settings.directory)
         self._lock = _sole(self.settings.directory)
 
@@ -184,7 +185,7 @@ class Saver:
         state = checkpoint.stage(
             {"tensors": {"engine": learned, "position": dict(self.position)}, "memories": memories}
         )
-        about = describe(self._session.configuration, engine, self.position, known(self._session.feed))
+        about = describe(engine, self.position, known(self._session.feed)) | self._lasting
         self._writing = self._thread.submit(self._write, engine.steps, state, about)
         self._metrics.observe_stage(time.perf_counter() - began)
 
@@ -252,13 +253,10 @@ def none_whole(directory: Path, damage: Sequence[DamagedError]) -> CheckpointErr
     )
 
 
-def describe(
-    configuration: Configuration, engine: Engine, position: Mapping[str, Any], feed: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Return what people, and checks at start, want to know of a checkpoint.
+def describe(engine: Engine, position: Mapping[str, Any], feed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what people, and checks at start, want to know of a checkpoint, as it stands now; see `lasting`, too.
 
     Args:
-        configuration: of the run.
         engine: whose state it holds.
         position: of the feed.
         feed: what it knows of its records, see `history.known`.
@@ -274,7 +272,13 @@ def describe(
             peer.name: {"accuracy": float(accuracy), "loss": float(loss), "parameters": peer.capacity}
             for peer, accuracy, loss in zip(cohort.peers, cohort.accuracies, cohort.losses, strict=True)
         },
-        "models": {peer.name: peer.shapes() for peer in cohort.peers},
+    }
+
+
+def lasting(configuration: Configuration, engine: Engine) -> dict[str, Any]:
+    """Return what they want to know that learning does not change: gathered once, for it takes as long as a copy."""
+    return {
+        "models": {peer.name: peer.shapes() for peer in engine.cohort.peers},
         "settings": state_bearing(configuration),
         "configuration": session.fingerprint(configuration),
         "versions": {
