@@ -184,6 +184,18 @@ class Cohort:
         self.updates += 1
         return learned
 
+    def learn_in_turn(self, lessons: Sequence[Lesson], *, teacher: int, seen: Tensor, weights: Tensor) -> list[Learned]:
+        """Take a step with every peer for each of the lessons, up to the first with examples that are at fault.
+
+        The other arguments are those of `learn`.
+        """
+        learned = list[Learned]()
+        for lesson in lessons:
+            learned.append(self.learn(lesson, teacher=teacher, seen=seen, weights=weights))
+            if learned[-1].faulty:
+                break
+        return learned
+
     @property
     def uncompiled(self) -> str:
         """Why updates that were to be compiled are not; empty where they are, or were not to be."""
@@ -225,11 +237,16 @@ class Cohort:
             norms[teacher] = 0.0
         return Learned(lesson.y, lesson.weights, parts[0].sum(0) / len(self), parts, answers, rule.betas, norms)
 
-    def absorb(self, x: Tensor, y: Tensor, *, teacher: int) -> None:
-        """Let the peers that learn record by record have the records `x` `[n, ...]` with their labels `y` `[n]`."""
+    def absorb(self, records: Callable[[], tuple[Tensor, Tensor]], *, teacher: int) -> None:
+        """Let the peers that learn record by record have them.
+
+        Args:
+            records: makes them ready, for those who ask: `[n, ...]`, with their labels `[n]`.
+            teacher: index of the peer in office.
+        """
         for index, peer in enumerate(self.peers):
             if isinstance(peer, RiverPeer) and not self._frozen(index, teacher):
-                peer.absorb(x, y)
+                peer.absorb(*records())
 
     def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Bring every peer its gradient, clipped; take no step yet."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import zip_longest
 from math import isfinite, nan
 from typing import Any
@@ -19,7 +20,7 @@ from streamkd.distillation import Distillation
 from streamkd.drift import DriftWatch, adwin
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Answers, Pending
-from streamkd.lesson import Learned, Lesson, joined, means
+from streamkd.lesson import Learned, Lesson, dealt, joined, means
 from streamkd.logits import UNSEEN, mask_unseen
 from streamkd.peer import Peer
 from streamkd.pool import Pool
@@ -305,46 +306,65 @@ class Engine:
         """
         if not len(answers):
             return [], []
-        rule = self.cohort.distillation
-        raw, y = answers.x.to(self.device, non_blocking=True), answers.y.to(self.device)
-        x = self.inputs(raw)
-        kept, faulty = list(range(len(answers))), list[int]()
-        open_x = targets = x[:0]
-        if untold is not None:
-            open_x = self.inputs(untold.x.to(self.device))
-            targets = doubted(untold.served[:, : self._width].to(self.device), self._seen, rule.doubt)
-        learned = []
-        for recalled in self._lessons(memories, self._effort()):
-            if not kept and not len(recalled) and untold is None:
-                break
-            among = rule.stream_classes(y, self._width)
-            shown = x if self.augment is None else self.inputs(self.augment(raw))
-            parts = [recalled, Lesson(shown, y, _even(x), among=among, views=self._views(raw))]
-            if untold is not None:
-                mixed, mixed_targets = interpolated(open_x, targets, rule.interpolate)
-                parts.append(Lesson(mixed, untold.y.to(self.device), _even(mixed) * rule.unlabelled, mixed_targets))
-            result = self.cohort.learn(
-                joined(parts), teacher=self.roles.teacher, seen=self._seen, weights=self.served.weights
+        lessons = self._lessons(answers, memories, untold)
+        recalled = len(memories) // len(lessons)
+        kept, faulty, learned = list(range(len(answers))), list[int](), list[Learned]()
+        while lessons and len(lessons[0]):
+            results = self.cohort.learn_in_turn(
+                lessons, teacher=self.roles.teacher, seen=self._seen, weights=self.served.weights
             )
-            if result.faulty:
-                own = [row - len(recalled) for row in result.faulty]
-                faulty += [kept[row] for row in own if 0 <= row < len(kept)]
-                sound = [row for row in range(len(kept)) if row not in own]
-                raw, x, y, kept = raw[sound], x[sound], y[sound], [kept[row] for row in sound]
-            learned.append(result)
-        self.cohort.absorb(x, y, teacher=self.roles.teacher)
+            learned += results
+            lessons = lessons[len(results) :]
+            wrong = {row for row in results[-1].faulty if recalled <= row < recalled + len(kept)}
+            if wrong:
+                lessons = [lesson.rows([row for row in range(len(lesson)) if row not in wrong]) for lesson in lessons]
+                faulty += [kept[row - recalled] for row in sorted(wrong)]
+                kept = [row for row in kept if row not in faulty]
+        self.cohort.absorb(
+            lambda: (self.inputs(answers.x[kept].to(self.device)), answers.y[kept].to(self.device)),
+            teacher=self.roles.teacher,
+        )
         return learned, faulty
 
-    def _lessons(self, memories: Memories, updates: int) -> list[Lesson]:
-        """Make memories ready for the models, those of all updates at once, and deal them out."""
-        if not len(memories):
-            return [Lesson(torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0))] * updates
-        raw = memories.x.to(self.device)
-        x = self.inputs(raw if self.augment is None else self.augment(raw))
-        weights = (memories.weights / (len(memories) // updates)).to(self.device)
-        columns = (x, memories.y.to(self.device), weights, *self._views(raw))
-        dealt = zip(*(column.view(updates, -1, *column.shape[1:]).unbind() for column in columns), strict=True)
-        return [Lesson(x, y, weights, views=tuple(views)) for x, y, weights, *views in dealt]
+    def _lessons(self, answers: Answers, memories: Memories, untold: Answers | None) -> list[Lesson]:
+        """Make the lessons of all updates ready, together as far as they can be.
+
+        Each has its share of the memories, then all the records of the batch, then what was answered to those that
+        will never have a label.
+        """
+        updates, past = self._effort(), memories.x.to(self.device)
+        raw, y = answers.x.to(self.device, non_blocking=True), answers.y.to(self.device)
+        if self.augment is None:
+            shown = dealt(past, raw.expand(updates, *raw.shape))
+        else:
+            changed = self.augment(past) if len(past) else past
+            shown = dealt(changed, torch.stack([self.augment(raw) for _ in range(updates)]))
+        x = self.inputs(shown.flatten(0, 1)).view(shown.shape)
+        weights = (memories.weights / max(1, len(memories) // updates)).to(self.device)
+        columns = (
+            x,
+            dealt(memories.y.to(self.device), y.expand(updates, -1)),
+            dealt(weights, _even(raw).expand(updates, -1)),
+        )
+        lessons = [Lesson(*parts) for parts in zip(*(column.unbind() for column in columns), strict=True)]
+        among = self.cohort.distillation.stream_classes(y, self._width)
+        if among is not None:  # memories are told apart among all classes
+            among = dealt(among.new_ones(len(past), self._width), among.expand(updates, *among.shape))
+            lessons = [replace(lesson, among=one) for lesson, one in zip(lessons, among, strict=True)]
+        if self.cohort.distillation.views:
+            present = [self._views(raw) for _ in lessons]
+            harder = self._views(past) if len(past) else [past] * len(present[0])
+            views = [dealt(one, torch.stack(now)) for one, *now in zip(harder, *present, strict=True)]
+            lessons = [replace(lesson, views=tuple(own)) for lesson, *own in zip(lessons, *views, strict=True)]
+        return lessons if untold is None else self._with(lessons, untold)
+
+    def _with(self, lessons: list[Lesson], untold: Answers) -> list[Lesson]:
+        """Add to every lesson what was answered to records that will never have a label."""
+        rule, x = self.cohort.distillation, self.inputs(untold.x.to(self.device))
+        y, weights = untold.y.to(self.device), _even(x) * rule.unlabelled
+        targets = doubted(untold.served[:, : self._width].to(self.device), self._seen, rule.doubt)
+        mixed = [interpolated(x, targets, rule.interpolate) for _ in lessons]
+        return [joined([one, Lesson(x, y, weights, p)]) for one, (x, p) in zip(lessons, mixed, strict=True)]
 
     def _views(self, raw: Tensor) -> tuple[Tensor, ...]:
         """Make ever harder views of raw inputs, ready for the models."""

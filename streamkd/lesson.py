@@ -64,7 +64,7 @@ class Lesson:
 
     def rows(self, rows: Sequence[int]) -> "Lesson":
         """Return the chosen examples."""
-        index = torch.tensor(rows, device=self.y.device)
+        index = torch.tensor(rows, dtype=torch.int64, device=self.y.device)
         targets = None if self.targets is None else self.targets[index]
         among = None if self.among is None else self.among[index]
         views = tuple(view[index] for view in self.views)
@@ -75,6 +75,13 @@ class Lesson:
         if len(self) <= size:
             return [self]
         return [self.rows(range(first, min(first + size, len(self)))) for first in range(0, len(self), size)]
+
+
+def dealt(past: Tensor, present: Tensor) -> Tensor:
+    """Deal `past` `[m, ...]` out to updates, before what each of them has anyway, `present` `[updates, n, ...]`."""
+    if not len(past):
+        return present
+    return torch.cat([past.view(len(present), -1, *present.shape[2:]), present], 1)
 
 
 def joined(parts: Sequence[Lesson]) -> Lesson:
