@@ -165,35 +165,30 @@ class Cohort:
         ]
         self.softness = [(value or 1.0) * boost for value in self.temperatures]
 
-    def learn(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
-        """Take one step with every peer.
+    def learn(self, lessons: Sequence[Lesson], *, teacher: int, seen: Tensor, weights: Tensor) -> list[Learned]:
+        """Take one step with every peer for each of the lessons, up to the first with examples that are at fault.
 
         Args:
-            lesson: the examples.
+            lessons: the examples, one at least.
             teacher: index of the peer in office.
             seen: bool, which of the first classes were met so far; all others are ruled out.
             weights: `[2 * peers]`, of the members in the served answer, for the `ensemble` scheme.
         """
         backward = partial(self._backward, teacher=teacher, seen=seen, weights=weights)
-        learned = self.fitting(lambda: self._compiled(lesson, teacher, seen) or backward(lesson), len(lesson))
+        learned = list[Learned]()
+        while len(learned) < len(lessons) and not (learned and learned[-1].faulty):
+            rest = lessons[len(learned) :]
+            learned += self._compiled(rest, teacher, seen) or [self._update(rest[0], teacher, backward)]
+        return learned
+
+    def _update(self, lesson: Lesson, teacher: int, backward: Callable[[Lesson], Learned]) -> Learned:
+        learned = self.fitting(lambda: backward(lesson), len(lesson))
         if not learned.finite:
             learned = self._without_faulty(lesson, learned, backward)
         if len(learned.faulty) < len(lesson):
             self._step(learned.norms, teacher)
         self.mend(teacher)
         self.updates += 1
-        return learned
-
-    def learn_in_turn(self, lessons: Sequence[Lesson], *, teacher: int, seen: Tensor, weights: Tensor) -> list[Learned]:
-        """Take a step with every peer for each of the lessons, up to the first with examples that are at fault.
-
-        The other arguments are those of `learn`.
-        """
-        learned = list[Learned]()
-        for lesson in lessons:
-            learned.append(self.learn(lesson, teacher=teacher, seen=seen, weights=weights))
-            if learned[-1].faulty:
-                break
         return learned
 
     @property
@@ -223,19 +218,41 @@ class Cohort:
             return None
         return Fused(cast("Stack", self.groups[0]), gate=rule.gate, cap=rule.cap)
 
-    def _compiled(self, lesson: Lesson, teacher: int, seen: Tensor) -> Learned | None:
-        """Bring every peer its gradient like `_backward`; None where this lesson is not for the compiled function."""
-        rule = self._lessons = self._lessons or self._prepare(lesson.weights.device)
-        if self.fused is None or not lesson.plain or not rule.teach or len(lesson) > self.fitting.at_once:
-            return None
-        told = self.fused(lesson, seen, rule)
-        if told is None:
-            return None
-        parts, answers, found = told
-        norms: list[float] = found.tolist()
-        if self._frozen(teacher, teacher):
-            norms[teacher] = 0.0
-        return Learned(lesson.y, lesson.weights, parts[0].sum(0) / len(self), parts, answers, rule.betas, norms)
+    def _compiled(self, lessons: Sequence[Lesson], teacher: int, seen: Tensor) -> list[Learned]:
+        """Take the first steps by the compiled function, as many as it takes in one call.
+
+        None of them, if they are not for it, or if anything in them is not finite.
+        """
+        rule = self._lessons = self._lessons or self._prepare(lessons[0].weights.device)
+        fused, lessons = self.fused, lessons[: self.fused.at_once if self.fused else 0]
+        if fused is None or not rule.teach or not all(lesson.plain for lesson in lessons):
+            return []
+        paces = self._paces(teacher, len(lessons)).to(seen.device) if fused.steps else None
+        longest = max(map(len, lessons))
+        told = self.fitting(
+            lambda: fused(lessons, seen, rule, paces) if longest <= self.fitting.at_once else None, longest
+        )
+        learned = list[Learned]()
+        for lesson, (losses, parts, answers, norms) in zip(lessons, told or (), strict=False):
+            if self._frozen(teacher, teacher):
+                norms[teacher] = 0.0
+            learned.append(Learned(lesson.y, lesson.weights, losses, parts, answers, rule.betas, norms))
+            if paces is None:
+                self._step(norms, teacher)
+            else:
+                fused.stepped([not self._frozen(index, teacher) for index in range(len(self))])
+            self.updates += 1
+        return learned
+
+    def _paces(self, teacher: int, updates: int) -> Tensor:
+        """How far each step goes, and by how much averages follow, `[2, updates, peers, 1]`; 0 for who is frozen."""
+        paces = np.zeros((2, updates, len(self), 1), np.float32)
+        for ahead in range(updates):
+            rate = self._rate(ahead)
+            for index, peer in enumerate(self.peers):
+                if isinstance(peer, Peer) and not self._frozen(index, teacher, ahead):
+                    paces[:, ahead, index, 0] = rate * peer.rates[0], peer.share(ahead)
+        return torch.from_numpy(paces)
 
     def absorb(self, records: Callable[[], tuple[Tensor, Tensor]], *, teacher: int) -> None:
         """Let the peers that learn record by record have them.
@@ -455,9 +472,10 @@ class Cohort:
         taught = torch.cat([members, served[None]])[rule.sources]
         return taught, cross_entropy(_among(taught, lesson.among), lesson.y)
 
-    def _frozen(self, index: int, teacher: int) -> bool:
+    def _frozen(self, index: int, teacher: int, ahead: int = 0) -> bool:
+        """Whether a peer learns nothing any more, now or so many updates ahead."""
         rule = self.distillation
-        return rule.scheme == "static" and index == teacher and self.updates >= rule.freeze_after
+        return rule.scheme == "static" and index == teacher and self.updates + ahead >= rule.freeze_after
 
     def _step(self, norms: Sequence[float], teacher: int) -> None:
         for group in self.groups:
@@ -468,7 +486,10 @@ class Cohort:
     @property
     def rate(self) -> float:
         """The factor on every learning rate now: raised at an alarm, then fading to 1."""
-        return 1 + (self.distillation.rate_boost - 1) * self._alertness()
+        return self._rate()
+
+    def _rate(self, ahead: int = 0) -> float:
+        return 1 + (self.distillation.rate_boost - 1) * self._alertness(ahead)
 
     @property
     def effort(self) -> float:
@@ -497,9 +518,9 @@ class Cohort:
         for group in self.groups:
             group.adopt()
 
-    def _alertness(self) -> float:
-        """1 at an alarm, halving every `boost_half_life` updates."""
-        return float(0.5 ** ((self.updates - self.drift_update) / self.distillation.boost_half_life))
+    def _alertness(self, ahead: int = 0) -> float:
+        """1 at an alarm, halving every `boost_half_life` updates; now or so many updates ahead."""
+        return float(0.5 ** ((self.updates + ahead - self.drift_update) / self.distillation.boost_half_life))
 
     def _signals(self, student: int, teacher: int, classes: int, *, previous: float | None) -> Signals:
         capacity, teacher_capacity = self.capacities[student], self.capacities[teacher]

@@ -134,6 +134,7 @@ class Engine:
         if self.pool is not None and untold is not None:
             self.pool.assume(untold.log_p)
         memories: list[Memories] = []
+        priorities: list[Tensor] = []
         learned: list[Learned] = []
         faulty: list[int] = []
         stride = self.recall.stride
@@ -147,7 +148,7 @@ class Engine:
             with self._untracked():
                 taken, broken = self._learn(part, drawn, taught)
             self._note("learn")
-            self._remember(part.without(broken), drawn, taken)
+            priorities.append(self._remember(part.without(broken), drawn, taken))
             self._note("remember")
             memories.append(drawn)
             learned += taken
@@ -158,7 +159,8 @@ class Engine:
             scored=scored,
             drifts=drifts,
             swap=swap,
-            memories=memories,
+            ages=_in_a_row([drawn.ages for drawn in memories]),
+            priorities=_in_a_row(priorities),
             learned=learned,
             taught=len(untold) if learned and untold else 0,
             faults=_faults(batch, answers, faulty),
@@ -218,10 +220,11 @@ class Engine:
     def _score(self, answers: Answers) -> Scored:
         """Score what was said when asked, and let members, roles and schedules learn from it."""
         peers, y = len(self.cohort), answers.y
-        scored, n = score(self.cohort.names, y, answers.log_p[:peers], answers.served), len(answers)
+        spoken, n = answers.log_p[:peers], len(answers)
+        log_p = of_truth(answers.log_p[: 2 * peers], y)
+        scored = score(self.cohort.names, y, spoken, answers.served, log_p[:peers])
         if not n:
             return scored
-        log_p = of_truth(answers.log_p[: 2 * peers], y)
         right = scored.answers.numpy() == y.numpy()
         *accuracies, accuracy = (right.sum(1) / n).tolist()
         self.served.update(log_p)
@@ -230,7 +233,7 @@ class Engine:
             self._look()
         if self.pool is not None:
             self.pool.update(answers.log_p[..., : self._width], y)
-        self.roles.update(log_p[:peers], torch.from_numpy(right[:-1]), answers.log_p[:peers])
+        self.roles.update(log_p[:peers], torch.from_numpy(right[:-1]), spoken)
         self.cohort.observe((log_p.numpy()[:peers].sum(1) / -n).tolist(), accuracies)
         self.transfer.update(scored.answers[:-1], self.roles.teacher)
         self.scored += n
@@ -310,7 +313,7 @@ class Engine:
         recalled = len(memories) // len(lessons)
         kept, faulty, learned = list(range(len(answers))), list[int](), list[Learned]()
         while lessons and len(lessons[0]):
-            results = self.cohort.learn_in_turn(
+            results = self.cohort.learn(
                 lessons, teacher=self.roles.teacher, seen=self._seen, weights=self.served.weights
             )
             learned += results
@@ -374,15 +377,23 @@ class Engine:
             made.append(self.inputs(raw))
         return tuple(made)
 
-    def _remember(self, answers: Answers, memories: Memories, learned: list[Learned]) -> None:
-        """Refresh the priorities of what was recalled, then remember what was learned."""
-        if len(memories):
-            each = len(memories) // len(learned)
-            self.replay.update(memories.slots, torch.cat([result.losses[:each] for result in learned]).cpu())
-            faulty = [each * n + row for n, result in enumerate(learned) for row in result.faulty if row < each]
-            if faulty:
-                self.replay.bar(memories.slots[faulty])
+    def _remember(self, answers: Answers, memories: Memories, learned: list[Learned]) -> Tensor:
+        """Refresh the priorities of what was recalled, then remember what was learned.
+
+        Returns:
+            These priorities, `[m]`.
+        """
+        if not len(memories):
+            self.replay.add(answers.x, answers.y)
+            return torch.zeros(0)
+        each = len(memories) // len(learned)
+        priorities = self.replay.update(memories.slots, _in_a_row([one.losses[:each] for one in learned]).cpu())
+        faulty = [each * n + row for n, result in enumerate(learned) for row in result.faulty if row < each]
+        if faulty:
+            self.replay.bar(memories.slots[faulty])
+            priorities = self.replay.priorities_at(memories.slots)
         self.replay.add(answers.x, answers.y)
+        return priorities
 
     def _note(self, stage: str) -> None:
         now = self.clock()
@@ -397,7 +408,8 @@ class Engine:
         scored: Scored,
         drifts: tuple[DriftReport, ...],
         swap: Swap | None,
-        memories: list[Memories],
+        ages: Tensor,
+        priorities: Tensor,
         learned: list[Learned],
         taught: int,
         faults: tuple[Fault, ...],
@@ -428,13 +440,7 @@ class Engine:
             alphas={(cohort.source_names[i], names[j]): value for (i, j), value in cohort.alphas.items()},
             drift=drifts,
             swap=None if swap is None else SwapReport(names[swap.before], names[swap.after], swap.reason),
-            replay=ReplayReport(
-                len(self.replay),
-                self.replay.capacity,
-                self._window(),
-                self.replay.priorities_at(_in_a_row([drawn.slots for drawn in memories])),
-                _in_a_row([drawn.ages for drawn in memories]),
-            ),
+            replay=ReplayReport(len(self.replay), self.replay.capacity, self._window(), priorities, ages),
             pending=len(self.pending),
             joined=self.pending.joined,
             expired=self.pending.expired,

@@ -1,12 +1,17 @@
-"""One update of peers that lie side by side, compiled into one function of tensors.
+"""Updates of peers that lie side by side, compiled into one function of tensors.
 
-At the size of a stream's batches an operation costs more than its arithmetic. `torch.compile` makes one function of the
-answer, the lesson and the way back, which takes the place of some eighty operations.
+At the size of a stream's batches an operation costs more than its arithmetic. `torch.compile` makes one function of two
+updates in a row (answer, lesson, way back, step, averaging), which takes the place of some two hundred operations.
+
+What it computes is laid out records last, `[peers, features, records]`: so every sum over features or classes, and the
+few classes above all, are gone through in whole vectors of records.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +20,18 @@ from torch.nn import functional
 from streamkd.batch import UNLABELLED
 from streamkd.distillation import gated
 from streamkd.errors import reason
-from streamkd.gradients import Pairs, with_gradient
+from streamkd.gradients import TINY, Pairs
 from streamkd.lesson import Lesson
 from streamkd.logits import UNSEEN
-from streamkd.losses import kd
 from streamkd.stack import Group, Stack, leaves
 
+Said = tuple[Tensor, Tensor, Tensor]
 ROWS = 16
 """Lessons are filled up to a multiple of this with rows that weigh nothing: each size is compiled once, in seconds."""
 CLASSES = 8
 """Likewise classes, to a power of 2, and to this at the least."""
+AT_ONCE = 2
+"""Updates in one call at the most: those of one batch, as it is shipped; what is compiled grows with each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,7 @@ class Teaching:
 
 
 class Fused:
-    """Updates of a stack by a compiled function; compiled at the first lesson of a size, which takes some seconds.
+    """Updates of a stack by a compiled function; compiled at the first lessons of a size, which takes some seconds.
 
     Args:
         stack: of the peers.
@@ -45,45 +52,65 @@ class Fused:
 
     Attributes:
         trouble: why it cannot be compiled here; empty where it can.
-        update: the function below, compiled.
+        updates: the function below, compiled.
+        steps: whether it takes the steps as well; if not, it brings the gradients, for optimizers of their own.
+        at_once: lessons that it takes in one call, at the most.
     """
 
     def __init__(self, stack: Stack, *, gate: str, cap: bool) -> None:
         self.trouble = ""
+        self.steps = stack.descends
+        self.at_once = AT_ONCE if self.steps else 1
         self._stack = stack
         layers = tuple(leaves(stack.peers[0].module))
         self._teaching = Teaching(layers, gate, cap)
         self._width = [layer.out_features for layer in layers if isinstance(layer, nn.Linear)][-1]
         # One thread compiles: processes that wait to compile more would stay for good.
-        self.update: Callable[..., tuple[Tensor, ...]] = torch.compile(
-            update, fullgraph=True, dynamic=False, options={"compile_threads": 1}
+        self.updates: Callable[..., tuple[list[Said], Tensor]] = torch.compile(
+            updates, fullgraph=True, dynamic=False, options={"compile_threads": 1}
         )
 
     @torch.no_grad()
-    def __call__(self, lesson: Lesson, seen: Tensor, pairs: Pairs) -> Sequence[Tensor] | None:
-        """Bring the gradients, cut; return the parts of the losses, the answers and the norms, see `Learned`.
+    def __call__(
+        self, lessons: Sequence[Lesson], seen: Tensor, pairs: Pairs, paces: Tensor | None
+    ) -> list[tuple[Tensor, Tensor, Tensor, list[float]]] | None:
+        """Take one step after the other, or none if any of them is not finite.
 
         Args:
-            lesson: without targets.
+            lessons: without targets, `at_once` at the most.
             seen: bool, which of the first classes were met so far.
             pairs: among the peers themselves.
+            paces: `[2, lessons, peers, 1]`, how far each step goes along its gradient, and by how much the averages
+                follow. None takes no step with the one lesson: it brings the peers their gradient, cut.
 
         Returns:
-            None where it cannot be compiled.
+            Of each lesson the losses, their parts, the answers and the norms, see `Learned`; None where it cannot be
+            compiled, or is not finite.
         """
         if self.trouble:
             return None
         columns = min(self._width, max(CLASSES, 1 << (len(seen) - 1).bit_length()))
-        seen = functional.pad(seen, (0, columns - len(seen)))
+        if columns > len(seen):
+            seen = functional.pad(seen, (0, columns - len(seen)))
         rule = (pairs.sources, pairs.students, pairs.alphas, pairs.portions, pairs.temperatures, pairs.betas)
+        filled = [_filled(lesson) for lesson in lessons]
         try:
-            parts, answers, norms = self.update(self._teaching, self._stack.operands, _filled(lesson), seen, rule)
+            told, norms = self.updates(self._teaching, self._stack.operands, filled, seen, rule, paces=paces)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a compiler that is not there, or is another, comes to
             self.trouble = reason(error)
             return None
-        return parts[..., : len(lesson)], answers[:, : len(lesson)], norms
+        lengths: list[list[float]] = norms.tolist()
+        if not all(map(isfinite, chain.from_iterable(lengths))):
+            return None
+        return [(*_cropped(said, len(one)), own) for one, said, own in zip(lessons, told, lengths, strict=True)]
+
+    def stepped(self, going: Sequence[bool]) -> None:
+        """Count a step of those peers that took it."""
+        for peer, goes in zip(self._stack.peers, going, strict=True):
+            if goes:
+                peer.stepped()
 
 
 def fits(groups: Sequence[Group]) -> bool:
@@ -100,51 +127,83 @@ def _filled(lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
     return x, y, functional.pad(lesson.weights, (0, short))
 
 
-def update(
-    teaching: Teaching, peers: Sequence[Tensor], lesson: Sequence[Tensor], seen: Tensor, rule: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """Answer, teach and go back.
+def _cropped(said: Said, rows: int) -> Said:
+    """Leave out what was told of rows that were filled up."""
+    losses, parts, answers = said
+    return said if len(losses) == rows else (losses[:rows], parts[..., :rows], answers[:, :rows])
+
+
+def updates(
+    teaching: Teaching,
+    peers: Sequence[Tensor],
+    lessons: Sequence[Sequence[Tensor]],
+    seen: Tensor,
+    rule: Sequence[Tensor],
+    *,
+    paces: Tensor | None,
+) -> tuple[list[Said], Tensor]:
+    """Answer, teach, go back and step, lesson by lesson.
 
     Args:
         teaching: see there.
-        peers: their weights `[peers, all]`; where their gradients are written, likewise; their clips `[peers]`.
-        lesson: `[m, ...]`, `[m]` and `[m]`: the examples, their labels, their weights.
+        peers: their weights and below them their averages' `[2 * peers, all]`; where gradients are written
+            `[peers, all]`; their clips `[peers]`.
+        lessons: each `[m, ...]`, `[m]` and `[m]`: the examples, their labels, their weights.
         seen: bool, which of the first classes were met so far; all others are ruled out.
         rule: of pairs, sources and students `[pairs]`, alphas, portions and temperatures `[pairs, 1]`; and the betas
             `[peers, 1]`.
+        paces: see `Fused`. Nothing changes if anything is not finite.
 
     Returns:
-        The parts of the losses `[3, peers, m]`, the answers `[peers, m]`, and the norms of the gradients before they
-        are cut.
+        Of each lesson the losses `[m]`, their parts `[3, peers, m]` and the answers `[peers, m]`; and the norms of all
+        gradients before they were cut `[lessons, peers]`, not finite where the loss is not.
     """
-    rows, gradients, clips = peers
-    x, y, weights = lesson
+    weights, gradients, clips = peers
+    rows, averages = weights.chunk(2)
+    told: list[Said] = []
+    norms: list[Tensor] = []
+    for number, lesson in enumerate(lessons):
+        said, gradient, norm = _update(teaching, rows, lesson, seen, rule)
+        cut = (clips / norm).clamp(max=1.0)[:, None]
+        told.append(said)
+        norms.append(norm)
+        if paces is None:
+            gradients.copy_(gradient * cut)
+        else:
+            rows = rows - gradient * (cut * paces[0, number])
+            averages = averages + (rows - averages) * paces[1, number]
+    found = torch.stack(norms)
+    if paces is not None:
+        weights.copy_(torch.where(found.isfinite().all(), torch.cat([rows, averages]), weights))
+    return told, found
+
+
+def _update(
+    teaching: Teaching, rows: Tensor, lesson: Sequence[Tensor], seen: Tensor, rule: Sequence[Tensor]
+) -> tuple[Said, Tensor, Tensor]:
+    """Work out one lesson: losses, their parts, answers, the gradients `[peers, all]`, and their norms."""
+    x, y, shares = lesson
     sources, students, alphas, portions, temperatures, betas = rule
-    logits, back, *_ = torch.func.vjp(partial(_answer, teaching.layers, x), _cut(teaching.layers, rows))
-    rest = (0, logits.shape[-1] - len(seen))
-    logits = logits[..., : len(seen)].masked_fill(~seen, UNSEEN)
-    log_p = logits.log_softmax(-1)
-    truth = functional.one_hot(y.clamp(min=0), logits.shape[-1]) * (y != UNLABELLED)[:, None]
-    hard = -(log_p * truth).sum(-1)
-    known = (y != UNLABELLED)[:, None]
+    logits, back, *_ = torch.func.vjp(partial(_answer, teaching.layers, x, len(seen)), _cut(teaching.layers, rows))
+    logits = logits.masked_fill(~seen[:, None], UNSEEN)
+    log_p, known = logits.log_softmax(1), y != UNLABELLED
+    truth = (torch.arange(len(seen), device=y.device)[:, None] == y).to(log_p)
+    hard = -(log_p * truth).sum(1)
     gradient = torch.where(known, log_p.exp() - truth, 0.0) * betas[..., None]
-    taught = logits[sources]
-    sound = taught.isfinite().all(-1)
-    taught = torch.where(sound[..., None], taught, 0.0)
-    gate = gated(teaching.gate, hard[students], hard[sources]).nan_to_num(0.0) * sound * alphas
-    loss, lesson_gradient = with_gradient(kd, logits[students], taught, y, temperature=temperatures, weights=gate)
-    soft = torch.zeros_like(hard).index_add(0, students, gate * loss)
-    divergence = torch.zeros_like(hard).index_add(0, students, portions * loss)
-    soft_gradient = torch.zeros_like(logits).index_add(0, students, lesson_gradient)
+    heat = temperatures[..., None]
+    log_q, log_s = (logits[sources] / heat).log_softmax(1), (logits[students] / heat).log_softmax(1)
+    loss = (log_q.exp() * (log_q - log_s)).sum(1) * (temperatures * temperatures)
+    gate = gated(teaching.gate, hard[students], hard[sources]) * alphas
+    lessons = (log_s.exp() - log_q.exp()) * (gate * temperatures)[:, None]
+    taught = torch.zeros_like(logits).index_add(0, students, lessons)
     if teaching.cap:
-        room = gradient.norm(dim=-1) / soft_gradient.norm(dim=-1).clamp(min=1e-12)
-        soft_gradient = soft_gradient * room.clamp(max=1.0)[..., None]
-    parts = back(functional.pad((gradient + soft_gradient) * weights[:, None], rest))
-    found = torch.cat([part.reshape(len(rows), -1) for part in parts[0]], 1)
-    norms = found.norm(dim=1)
-    gradients.copy_(found * (clips / norms).clamp(max=1.0)[:, None])
-    norms = torch.where(hard.sum(1).isfinite(), norms, torch.nan)
-    return torch.stack([hard, soft, divergence]), logits.argmax(-1), norms
+        taught = taught * (gradient.norm(dim=1) / taught.norm(dim=1).clamp(min=TINY)).clamp(max=1.0)[:, None]
+    nothing = torch.zeros_like(hard)
+    parts = (hard, nothing.index_add(0, students, gate * loss), nothing.index_add(0, students, portions * loss))
+    (found,) = back((gradient + taught) * shares)
+    whole = torch.cat([part.flatten(1) for part in found], 1)
+    norms = torch.where(hard.sum(1).isfinite(), whole.norm(dim=1), torch.nan)
+    return (hard.mean(0), torch.stack(parts), logits.argmax(1)), whole, norms
 
 
 def _cut(layers: Sequence[nn.Module], rows: Tensor) -> list[Tensor]:
@@ -154,18 +213,20 @@ def _cut(layers: Sequence[nn.Module], rows: Tensor) -> list[Tensor]:
     return [part.view(len(rows), *p.shape) for part, p in zip(parts, parameters, strict=True)]
 
 
-def _answer(layers: Sequence[nn.Module], x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Answer `x` by all peers' weights: `[peers, m, classes]`."""
+def _answer(layers: Sequence[nn.Module], x: Tensor, classes: int, weights: Sequence[Tensor]) -> Tensor:
+    """Answer `x` `[m, ...]` by all peers' weights: the logits of the first `classes`, `[peers, classes, m]`."""
     left = list(weights)
-    x = x.flatten(1).expand(len(left[0]), -1, -1)
+    x = x.flatten(1).T.expand(len(left[0]), -1, -1)
     for layer in layers:
         if isinstance(layer, nn.Linear):
-            x = torch.bmm(x, left.pop(0).transpose(1, 2))
-            x = x if layer.bias is None else x + left.pop(0)[:, None]
+            kept = classes if len(left) <= len(list(layer.parameters())) else layer.out_features  # of the last layer
+            x = torch.bmm(left.pop(0)[:, :kept], x)
+            x = x if layer.bias is None else x + left.pop(0)[:, :kept, None]
         elif isinstance(layer, nn.LayerNorm):
-            x = functional.layer_norm(x, x.shape[-1:], eps=layer.eps)
-            x = x if layer.weight is None else x * left.pop(0)[:, None]
-            x = x if layer.bias is None else x + left.pop(0)[:, None]
+            x = x - x.mean(1, keepdim=True)
+            x = x * (x.square().mean(1, keepdim=True) + layer.eps).rsqrt()
+            x = x if layer.weight is None else x * left.pop(0)[..., None]
+            x = x if layer.bias is None else x + left.pop(0)[..., None]
         elif not isinstance(layer, nn.Flatten):
             x = layer(x)
-    return x
+    return x[:, :classes]

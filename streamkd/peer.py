@@ -158,7 +158,7 @@ class Peer:
             self.skip()
             return
         self.optimize(rate)
-        torch._foreach_lerp_(self._averaged, self._current, self.share)
+        torch._foreach_lerp_(self._averaged, self._current, self.share())
         for before, now in self._buffers:
             before.copy_(now)
         self.stepped()
@@ -184,10 +184,9 @@ class Peer:
             with torch.inference_mode(mode=False):  # they go into checkpoints, to whoever reads them
                 self.good = {name: _copy(weight) for name, weight in weights.items()}
 
-    @property
-    def share(self) -> float:
-        """Of the weights in their average after the step that is being taken."""
-        return max(1 / (self.taken + 1), 1 / self._horizon)
+    def share(self, ahead: int = 0) -> float:
+        """Of the weights in their average after the step that is being taken, or so many steps ahead."""
+        return max(1 / (self.taken + ahead + 1), 1 / self._horizon)
 
     def discard(self) -> None:
         """Throw away the gradient at hand, and what the way to it did to the buffers (batch norm's statistics)."""

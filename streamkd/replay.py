@@ -209,17 +209,19 @@ class ReplayBuffer:
         """The highest priority in the buffer."""
         return self._peaks.total
 
-    def _prioritise(self, places: Index, priorities: NDArray[np.float32] | float) -> None:
+    def _prioritise(self, places: Index, priorities: NDArray[np.float32] | float) -> NDArray[np.float32]:
         self._priorities[places] = priorities
         # Read back, for a slot that came twice has one of its two values.
-        values = self._priorities[places].astype(np.float64)
+        set_now = self._priorities[places]
+        values = set_now.astype(np.float64)
         self._peaks[places] = values
         self._mass[places] = values**self.alpha if values.all() else np.where(values > 0, values**self.alpha, 0.0)
+        return set_now
 
-    def update(self, slots: Tensor, losses: Tensor) -> None:
-        """Refresh the priorities of what was recalled with the losses `[m]` it just had."""
+    def update(self, slots: Tensor, losses: Tensor) -> Tensor:
+        """Refresh the priorities of what was recalled with the losses `[m]` it just had; return them."""
         if not len(slots):
-            return
+            return torch.zeros(0)
         values = losses.numpy()
         if not isfinite(values.sum()):
             values = np.where(np.isfinite(values), values, 0)
@@ -228,7 +230,7 @@ class ReplayBuffer:
         above = float(np.count_nonzero(values > self.ceiling)) / len(values)
         mean = float(values.sum()) / len(values)
         self.ceiling = max(self.ceiling + mean * 0.5 * (above - (1 - self.cap)), float(LEAST))
-        self._prioritise(slots.numpy(), np.minimum(values, np.float32(self.ceiling)))
+        return torch.from_numpy(self._prioritise(slots.numpy(), np.minimum(values, np.float32(self.ceiling))))
 
     def bar(self, slots: Tensor) -> None:
         """Never draw these records again: they break the peers."""

@@ -64,7 +64,7 @@ def of_truth(log_p: Tensor, y: Tensor) -> Tensor:
     return torch.from_numpy(np.fmax(log_p.numpy()[:, np.arange(len(y)), y.numpy()], LOG_FLOOR))
 
 
-def score(names: Sequence[str], y: Tensor, log_p: Tensor, served: Tensor) -> Scored:
+def score(names: Sequence[str], y: Tensor, log_p: Tensor, served: Tensor, told: Tensor | None = None) -> Scored:
     """Hold what was said against what turned out to be true.
 
     Args:
@@ -72,11 +72,13 @@ def score(names: Sequence[str], y: Tensor, log_p: Tensor, served: Tensor) -> Sco
         y: `[m]`, class indices.
         log_p: `[peers, m, classes]`, what the peers said.
         served: `[m, classes]`, probabilities.
+        told: what `of_truth` makes of `log_p`, where that is known already.
     """
-    said, p, truth = log_p.numpy(), served.numpy(), (np.arange(len(y)), y.numpy())
-    answers = np.concatenate([said.argmax(-1), p.argmax(-1)[None]])
-    told = np.concatenate([said[:, *truth], np.log(np.maximum(p[truth], FLOOR))[None]])
-    return Scored((*names, SERVED), y, torch.from_numpy(answers), torch.from_numpy(-np.fmax(told, LOG_FLOOR)))
+    p, truth = served.numpy(), (np.arange(len(y)), y.numpy())
+    answers = np.concatenate([log_p.numpy().argmax(-1), p.argmax(-1)[None]])
+    own = (of_truth(log_p, y) if told is None else told).numpy()
+    losses = -np.concatenate([own, np.log(np.fmax(p[truth], FLOOR))[None]])
+    return Scored((*names, SERVED), y, torch.from_numpy(answers), torch.from_numpy(losses))
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,6 +125,9 @@ class Stack:
     Args:
         members: the peers' indices in the cohort.
         peers: of one architecture, see `grouped`.
+
+    Attributes:
+        descends: whether every step is nothing but the gradient times the rate.
     """
 
     def __init__(self, members: list[int], peers: Sequence[Peer]) -> None:
@@ -152,13 +155,13 @@ class Stack:
         self._longest = [peer.clip for peer in self.peers]
         self._clips = self._weights.new_tensor(self._longest)
         self._rates = self._weights.new_tensor([peer.rates[:1] for peer in self.peers])
-        self._descends = all(_plain(peer.optimizer) for peer in self.peers)
+        self.descends = all(_plain(peer.optimizer) for peer in self.peers)
         self.by_hand = not any(isinstance(layer, layers.Elementwise) for layer in self._members)
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The members' weights and gradients `[members, weights]`, and their clips `[members]`."""
-        return self._rows, self._gradient, self._clips
+        """All weights `[2 * members, all]`, the averages' last; gradients `[members, all]`; clips `[members]`."""
+        return self._weights, self._gradient, self._clips
 
     def _cut(self, rows: Tensor) -> list[Tensor]:
         """Cut rows of weights `[..., all]` into one tensor a parameter, `[..., *its shape]`."""
@@ -221,11 +224,11 @@ class Stack:
         if not all(going):  # 0 times what is not finite would not be 0
             self._gradient[torch.tensor(going, device=self._gradient.device).logical_not()] = 0.0
         chosen = [index for index, goes in enumerate(going) if goes]
-        if self._descends:
+        if self.descends:
             self._rows.addcmul_(self._gradient, self._rates, value=-rate)
         else:
             self._optimize(chosen, rate)
-        shares = np.array([[self.peers[index].share] for index in chosen], np.float32)
+        shares = np.array([[self.peers[index].share()] for index in chosen], np.float32)
         blend = torch.from_numpy(shares).to(self._weights.device)
         if all(going):
             self._averages.lerp_(self._rows, blend)

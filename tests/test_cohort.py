@@ -81,9 +81,8 @@ def lesson_of(seed: int, n: int = 8) -> Lesson:
 def learn(cohort: Cohort, lesson: Lesson, teacher: int = 0, weights: Tensor | None = None) -> Learned:
     cohort.schedule(teacher, CLASSES)
     members = 2 * len(cohort)
-    return cohort.learn(
-        lesson, teacher=teacher, seen=SEEN, weights=torch.full((members,), 1 / members) if weights is None else weights
-    )
+    even = torch.full((members,), 1 / members)
+    return cohort.learn([lesson], teacher=teacher, seen=SEEN, weights=even if weights is None else weights)[0]
 
 
 def rows_of(cohort: Cohort) -> Tensor:
@@ -207,7 +206,7 @@ def test_a_plain_lesson_worked_out_in_arrays_is_what_torch_comes_to(  # noqa: PL
         lesson = replace(lesson, y=seen.nonzero()[:, 0][lesson.y % sum(met)])
         for cohort in cohorts:
             cohort.schedule(1, sum(met))
-        said = [cohort.learn(lesson, teacher=1, seen=seen, weights=weights) for cohort in cohorts]
+        said = [cohort.learn([lesson], teacher=1, seen=seen, weights=weights)[0] for cohort in cohorts]
         one, other = said
         assert torch.allclose(one.parts, other.parts, rtol=1e-4, atol=1e-4)  # T^2 times what cancels
         assert torch.equal(one.answers, other.answers)
@@ -424,7 +423,7 @@ def test_a_class_that_was_never_seen_moves_no_weight(scheme: str) -> None:
     before = rows_of(cohort)
     cohort.schedule(0, 2)
     seen = torch.tensor([True, False, True])
-    cohort.learn(lesson_of_rows([0, 2, 0, 2, 0, 2]), teacher=0, seen=seen, weights=torch.full((6,), 1 / 6))
+    cohort.learn([lesson_of_rows([0, 2, 0, 2, 0, 2])], teacher=0, seen=seen, weights=torch.full((6,), 1 / 6))
     assert torch.equal(rows_of(cohort)[..., 1], before[..., 1])
     assert not torch.allclose(rows_of(cohort)[..., 0], before[..., 0], atol=1e-2)
 
@@ -517,7 +516,7 @@ def go_on(cohort: Cohort, updates: range, *, schedule: bool = True) -> None:
         cohort.observe(values[update].tolist(), values[update].tolist())
         if schedule:
             cohort.schedule(update % 3, CLASSES)
-        cohort.learn(lesson_of(update), teacher=0, seen=SEEN, weights=torch.full((6,), 1 / 6))
+        cohort.learn([lesson_of(update)], teacher=0, seen=SEEN, weights=torch.full((6,), 1 / 6))
 
 
 @pytest.mark.parametrize("schedule", [True, False])

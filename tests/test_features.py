@@ -185,7 +185,7 @@ def stepped(cohort: Cohort, what: Lesson) -> list[list[Tensor]]:
     """Learn once; return by what each weight of each peer changed."""
     before = [[weight.detach().clone() for weight in peer.module.parameters()] for peer in cohort.peers]
     cohort.schedule(0, 3)
-    cohort.learn(what, teacher=0, seen=torch.ones(3, dtype=torch.bool), weights=torch.full((4,), 0.25))
+    cohort.learn([what], teacher=0, seen=torch.ones(3, dtype=torch.bool), weights=torch.full((4,), 0.25))
     return [
         [old - new.detach() for old, new in zip(olds, peer.module.parameters(), strict=True)]
         for olds, peer in zip(before, cohort.peers, strict=True)
@@ -222,7 +222,7 @@ def test_features_weigh_what_the_logits_leave_them_and_are_reported() -> None:
     expected = 0.75 * hint(student.adapt("t", student(what.x).features, target), target).mean().detach()
     seen, weights = torch.ones(3, dtype=torch.bool), torch.full((4,), 0.25)
     without.schedule(0, 3)
-    told, plain = (one.learn(what, teacher=0, seen=seen, weights=weights) for one in (cohort, without))
+    told, plain = (one.learn([what], teacher=0, seen=seen, weights=weights)[0] for one in (cohort, without))
     assert float(means([told])[0][1][1] - means([plain])[0][1][1]) == pytest.approx(float(expected), rel=1e-4)
     assert float(means([told])[0][1][0]) == 0
 

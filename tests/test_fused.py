@@ -12,7 +12,7 @@ from worlds import stored
 
 from streamkd import UNLABELLED, Batch, Cohort, Distillation, Engine, stream_classes, views
 from streamkd.cohort import UNFIT
-from streamkd.fused import update
+from streamkd.fused import updates
 from streamkd.lesson import Lesson
 from streamkd.losses import dist
 from streamkd.schedules import constant
@@ -24,7 +24,7 @@ def cohorts(build: Build, optimizer: str = "sgd", **rule: Any) -> tuple[Cohort, 
     """One cohort as it is, and one by the function of a whole update, which is not compiled here."""
     plain, fused = (Cohort(peers(build, optimizer), Distillation(**RULE | rule), compiled=it) for it in (False, True))
     assert fused.fused is not None
-    fused.fused.update = update
+    fused.fused.updates = updates
     return plain, fused
 
 
@@ -35,13 +35,13 @@ def some(seed: int, n: int) -> Lesson:
     return Lesson(made.x, y, made.weights * (1 + torch.arange(n) % 3))
 
 
-def learn(made: Cohort, updates: range, n: int = 12, **options: Any) -> list[Any]:
+def learn(made: Cohort, numbers: range, n: int = 12, **options: Any) -> list[Any]:
     weights = torch.full((2 * len(made),), 1 / (2 * len(made)))
     seen = torch.tensor([True, True])
     told = []
-    for number in updates:
+    for number in numbers:
         made.schedule(1, CLASSES)
-        told.append(made.learn(some(number, n), teacher=1, seen=seen, weights=weights, **options))
+        told += made.learn([some(number, n)], teacher=1, seen=seen, weights=weights, **options)
     return told
 
 
@@ -57,6 +57,46 @@ def test_a_whole_update_comes_to_what_its_operations_come_to(scheme: str, gate: 
         assert torch.equal(one.answers, other.answers)
         assert one.norms == pytest.approx(other.norms, rel=1e-3, abs=1e-6)
     assert fused.uncompiled == ""
+    assert same(plain, fused)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    "rule", [{}, {"scheme": "static", "freeze_after": 3}, {"rate_boost": 4.0, "boost_half_life": 2}]
+)
+def test_updates_taken_together_come_to_what_they_come_to_one_by_one(
+    rule: dict[str, Any], optimizer: str, count: int
+) -> None:
+    plain, fused = cohorts(BUILDS["normed"], optimizer, **rule)
+    options: Any = {"teacher": 1, "seen": torch.tensor([True, True]), "weights": torch.full((6,), 1 / 6)}
+    for first in range(0, 3 * count, count):
+        for made in (plain, fused):
+            made.alarm()
+            made.schedule(1, CLASSES)
+        lessons = [some(number, 12) for number in range(first, first + count)]
+        one = [plain.learn([lesson], **options)[0] for lesson in lessons]
+        other = fused.learn(lessons, **options)
+        assert [told.norms for told in one] == [pytest.approx(told.norms, rel=1e-3, abs=1e-6) for told in other]
+        assert all(torch.equal(told.y, lesson.y) for told, lesson in zip(other, lessons, strict=True))
+    assert (fused.updates, [peer.taken for peer in fused.peers]) == (
+        plain.updates,
+        [peer.taken for peer in plain.peers],
+    )
+    assert same(plain, fused)
+
+
+def test_of_updates_taken_together_those_after_one_with_a_record_at_fault_are_not_taken() -> None:
+    plain, fused = cohorts(BUILDS["normed"])
+    options: Any = {"teacher": 1, "seen": torch.tensor([True, True]), "weights": torch.full((6,), 1 / 6)}
+    lessons = [some(number, 12) for number in range(6)]
+    lessons[3].x[4] = torch.inf
+    for made in (plain, fused):
+        made.updates = 2  # past the burn-in
+        made.schedule(1, CLASSES)
+        told = made.learn(lessons, **options)
+        assert [one.faulty for one in told] == [(), (), (), (4,)]
+        assert (made.updates, [peer.skipped for peer in made.peers]) == (6, [1, 1, 1])
     assert same(plain, fused)
 
 
@@ -76,7 +116,7 @@ def test_a_record_at_fault_is_left_out_and_a_broken_teacher_teaches_nothing() ->
         broken = some(3, 12)
         broken.x[4] = torch.inf
         made.schedule(1, CLASSES)
-        told = made.learn(broken, teacher=1, seen=torch.tensor([True, True]), weights=torch.full((6,), 1 / 6))
+        (told,) = made.learn([broken], teacher=1, seen=torch.tensor([True, True]), weights=torch.full((6,), 1 / 6))
         assert told.faulty == (4,)
         with torch.no_grad():
             next(made.peers[1].module.parameters())[0, 0] = torch.nan  # type: ignore[union-attr]

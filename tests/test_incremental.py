@@ -133,7 +133,9 @@ def test_views_that_show_the_same_teach_the_same(scheme: str) -> None:
 
 def _learn(cohort: Any, what: Lesson) -> Any:
     cohort.schedule(0, CLASSES)
-    return cohort.learn(what, teacher=0, seen=torch.ones(CLASSES, dtype=torch.bool), weights=torch.full((6,), 1 / 6))
+    return cohort.learn([what], teacher=0, seen=torch.ones(CLASSES, dtype=torch.bool), weights=torch.full((6,), 1 / 6))[
+        0
+    ]
 
 
 def test_lessons_keep_their_views_and_classes_when_they_are_joined_and_chosen_from() -> None:

@@ -50,8 +50,8 @@ def some(seed: int, n: int) -> Lesson:
 
 def learn(made: Cohort, number: int, n: int) -> Tensor:
     made.schedule(1, CLASSES)
-    told = made.learn(
-        some(number, n), teacher=1, seen=torch.ones(CLASSES, dtype=torch.bool), weights=torch.full((6,), 1 / 6)
+    (told,) = made.learn(
+        [some(number, n)], teacher=1, seen=torch.ones(CLASSES, dtype=torch.bool), weights=torch.full((6,), 1 / 6)
     )
     return torch.cat([told.losses[None], *told.parts, told.answers])
 

@@ -72,9 +72,9 @@ def test_the_others_of_its_lesson_are_learned_as_if_it_had_not_been_there(rows: 
     lesson = Lesson(batch.x, batch.y, torch.full((16,), 1 / 16))
     others = [row for row in range(16) if row not in rows]
     options: Any = {"teacher": 0, "seen": torch.ones(CLASSES, dtype=torch.bool), "weights": torch.full((4,), 1 / 4)}
-    learned = made.cohort.learn(lesson, **options)
+    (learned,) = made.cohort.learn([lesson], **options)
     if others:
-        alone = undisturbed.cohort.learn(lesson.rows(others), **options)
+        (alone,) = undisturbed.cohort.learn([lesson.rows(others)], **options)
         assert torch.equal(learned.losses[others], alone.losses)
         assert bool(learned.losses[sorted(rows)].isnan().all())
     assert set(learned.faulty) == rows
