@@ -17,9 +17,9 @@ from runners.feeds.jetstream import ONCE, Loop
 from runners.feeds.kafka import client_settings
 from runners.feeds.mqtt import PORTS
 from runners.feeds.redis_streams import Server
-from runners.feeds.stream import Names, UnreachableError
+from runners.feeds.stream import Names, UnreachableError, unreachable
 from runners.passwords import from_environment
-from streamkd.errors import ConfigError, FeedError, reason
+from streamkd.errors import ConfigError, reason
 
 SECONDS = 5.0
 """For a broker to acknowledge."""
@@ -73,7 +73,7 @@ def redis_entries(
         server.ask(("ping",))
     except UnreachableError as error:
         server.close()
-        raise _unreachable("url", url, str(error)) from error
+        raise unreachable("predictions.url", url, str(error)) from error
     return Entries(server, stream, most)
 
 
@@ -149,7 +149,7 @@ def nats_messages(
         sink.put(())
     except OSError as error:
         sink.close()
-        raise _unreachable("url", url, str(error)) from error
+        raise unreachable("predictions.url", url, str(error)) from error
     return sink
 
 
@@ -213,12 +213,14 @@ def kafka_records(
     confluent = imported("confluent_kafka", "kafka", "predictions.kind = 'kafka'")
     at = ",".join(servers)
     settings = client_settings(at, user, password_env, client or {}, key="predictions")
+    told: list[str] = []
     try:
         producer = confluent.Producer(
             {
                 "linger.ms": 5,
                 "queue.buffering.max.messages": 2 * MOST_UNDER_WAY,
                 **settings,
+                "error_cb": lambda error: None if told else told.append(error.str()),  # the cause comes first
                 "enable.idempotence": True,  # each once and in order, as long as this process lives
             }
         )
@@ -227,7 +229,8 @@ def kafka_records(
     try:
         producer.list_topics(topic, timeout=SECONDS)
     except confluent.KafkaException as error:
-        raise _unreachable("servers", at, error.args[0].str()) from error
+        producer.poll(0)  # which tells of what went wrong meanwhile
+        raise unreachable("predictions.servers", at, (told or [error.args[0].str()])[0]) from error
     return Records(producer, topic)
 
 
@@ -293,16 +296,12 @@ def mqtt_publications(
     try:
         client.connect(parts.hostname, parts.port or PORTS[parts.scheme])
     except (OSError, ValueError) as error:
-        raise _unreachable("url", url, str(error)) from error
+        raise unreachable("predictions.url", url, str(error)) from error
     client.loop_start()
     patience = time.monotonic() + SECONDS
     while not client.is_connected():
         if time.monotonic() > patience:
             sink.close()
-            raise _unreachable("url", url, "it does not let us in")
+            raise unreachable("predictions.url", url, "it does not let us in")
         time.sleep(0.01)
     return sink
-
-
-def _unreachable(key: str, value: str, why: str) -> FeedError:
-    return FeedError(f"predictions.{key} = {value!r}: cannot be reached ({why}); start it, or name another")

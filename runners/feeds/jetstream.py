@@ -1,6 +1,7 @@
 """NATS JetStream, by the sequence numbers of a stream; a durable consumer may be told what is safe."""
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
@@ -40,6 +41,7 @@ class Loop:
     """An event loop on a thread of its own, for clients that need one."""
 
     def __init__(self, name: str) -> None:
+        logging.getLogger("asyncio").addFilter(_of_use)
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
@@ -55,6 +57,11 @@ class Loop:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+
+def _of_use(told: logging.LogRecord) -> bool:
+    """Keep back what asyncio has to say of the client whenever a connection over TLS ends."""
+    return "eof_received" not in str(told.msg)
 
 
 class Sequences:

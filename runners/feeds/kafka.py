@@ -122,8 +122,10 @@ class Reader:
 
     def _hear(self, error: Any) -> None:
         wrong = self._kafka.KafkaError
-        if error.code() in (wrong._ALL_BROKERS_DOWN, wrong._AUTHENTICATION) or error.fatal():  # noqa: SLF001 - so named
+        if error.code() in (wrong._AUTHENTICATION, wrong._SSL) or error.fatal():  # noqa: SLF001 - so named
             self._fault = error.str()
+        elif error.code() == wrong._ALL_BROKERS_DOWN:  # noqa: SLF001 - so named
+            self._fault = self._fault or error.str()  # why they are was told before
 
     def identity(self) -> str:
         """Return what tells the topic from others of its name; empty where the broker does not say."""

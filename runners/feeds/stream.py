@@ -1,6 +1,7 @@
 """Streams of messages as feeds: what all brokers have in common. Each broker adds a `Source`, and no more."""
 
 import math
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -232,7 +233,7 @@ class StreamFeed:
         except PositionLostError as lost:
             self._reset(lost)
         except UnreachableError as error:
-            raise unreachable(self._about, error) from error
+            raise unreachable(*_address(self._about), str(error)) from error
 
     def adopt(self, classes: Sequence[str]) -> None:
         """Number these labels first.
@@ -354,11 +355,26 @@ def _letter(error: RefusedError, raw: bytes, message: Message) -> DeadLetter:
     return DeadLetter(error.reason, error.detail, raw, message.about)
 
 
-def unreachable(about: Mapping[str, str], error: UnreachableError) -> FeedError:
-    """Return what is said of a source that cannot be reached at start."""
-    return FeedError(
-        f"feed.{about['address']} = {about['at']!r}: cannot be reached ({error}); start it, or name another"
-    )
+REFUSED = re.compile("authenticat|authoriz|wrongpass|noauth|password", re.IGNORECASE)
+"""How brokers say that they let somebody not in."""
+
+
+def _address(about: Mapping[str, str]) -> tuple[str, str]:
+    """Return the setting that tells where a source is, and its value."""
+    return f"feed.{about['address']}", about["at"]
+
+
+def unreachable(key: str, value: str, why: str) -> FeedError:
+    """Return what is said of a source or a sink that cannot be reached at start, and what helps."""
+    helps = "start it, or name another"
+    if "ssl.ca.location" in why:
+        client = f"{key.rpartition('.')[0]}.client"
+        helps = f"""set {client} = {{ "ssl.ca.location" = "FILE" }}, with the authority's certificate"""
+    elif "certificate verify failed" in why:
+        helps = "set SSL_CERT_FILE to a file with the authority's certificate, and name the server as its own does"
+    elif REFUSED.search(why):
+        helps = "check the user, and the password in the environment variable that password_env names"
+    return FeedError(f"{key} = {value!r}: cannot be reached ({why}); {helps}")
 
 
 def reading(options: Mapping[str, Any]) -> Reading:
@@ -402,7 +418,7 @@ def open_stream(
             place = source.open(None, settings.start)
             first = [] if settings.columns or settings.labels_only else _look(source, settings.wait_seconds)
         except UnreachableError as error:
-            raise unreachable(about, error) from error
+            raise unreachable(*_address(about), str(error)) from error
         columns = assign(
             _columns(first, decode, settings, about),
             where=about["stream"],
