@@ -292,6 +292,8 @@ def mqtt_publications(
         client.username_pw_set(user or unquote(parts.username or ""), password or None)
     if parts.scheme == "mqtts":
         client.tls_set()
+    refused: list[str] = []
+    client.on_connect = lambda _client, _data, _flags, why, _properties: refused.extend([str(why)] * why.is_failure)
     sink = Publications(client, topic)
     try:
         client.connect(parts.hostname, parts.port or PORTS[parts.scheme])
@@ -300,8 +302,8 @@ def mqtt_publications(
     client.loop_start()
     patience = time.monotonic() + SECONDS
     while not client.is_connected():
-        if time.monotonic() > patience:
+        if refused or time.monotonic() > patience:
             sink.close()
-            raise unreachable("predictions.url", url, "it does not let us in")
+            raise unreachable("predictions.url", url, refused[0] if refused else f"no answer in {SECONDS:g} s")
         time.sleep(0.01)
     return sink

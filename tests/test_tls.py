@@ -215,3 +215,16 @@ def test_what_helps_is_said_in_every_brokers_words(why: str) -> None:
     assert str(unreachable("feed.url", "there", why)).endswith(
         "; check the user, and the password in the environment variable that password_env names"
     )
+
+
+def test_a_broker_that_lets_nobody_in_is_told_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("paho.mqtt.client")
+    closed = MOSQUITTO.replace("allow_anonymous true", "allow_anonymous false")
+    command = ["mosquitto", "-c", "{folder}/mosquitto.conf"]
+    broker = Broker("mosquitto", command, tmp_path / "broker", files={"mosquitto.conf": closed})
+    place = Place(broker, {"kind": "mqtt", "url": f"mqtt://{HOST}:{broker.port}", "topic": "s"}, {}, {}, {})
+    configuration = place.configuration(tmp_path, trusted=True)
+    for opened in (lambda: configuration.open_feed(pytest.fail), configuration.open_predictions):
+        with pytest.raises(FeedError, match=r"\(Not authorized\); check the user"):
+            opened()
+    broker.stop()
