@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from itertools import zip_longest
 from math import isfinite, nan
 from typing import Any
@@ -20,7 +19,8 @@ from streamkd.distillation import Distillation
 from streamkd.drift import DriftWatch, adwin
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Answers, Pending
-from streamkd.lesson import Learned, Lesson, dealt, joined, means
+from streamkd.lesson import Learned, means
+from streamkd.lessons import Lessons
 from streamkd.logits import UNSEEN, mask_unseen
 from streamkd.peer import Peer
 from streamkd.pool import Pool
@@ -42,7 +42,6 @@ from streamkd.river_peer import RiverPeer
 from streamkd.roles import Election, Swap
 from streamkd.served import Served
 from streamkd.transfer import TransferEfficiency, efficiencies
-from streamkd.untold import doubted, interpolated
 
 
 class Engine:
@@ -99,6 +98,7 @@ class Engine:
         self.pending = Pending() if pending is None else pending
         self.inputs = inputs or Standardiser()
         self.augment = augment
+        self._lessons = Lessons(self.inputs, augment, self.cohort.distillation, self.device)
         self.transfer = TransferEfficiency(len(peers))
         self.clock = clock
         self.seen = torch.zeros(classes, dtype=torch.bool)
@@ -309,7 +309,7 @@ class Engine:
         """
         if not len(answers):
             return [], []
-        lessons = self._lessons(answers, memories, untold)
+        lessons = self._lessons(answers, memories, untold, updates=self._effort(), seen=self._seen)
         recalled = len(memories) // len(lessons)
         kept, faulty, learned = list(range(len(answers))), list[int](), list[Learned]()
         while lessons and len(lessons[0]):
@@ -328,54 +328,6 @@ class Engine:
             teacher=self.roles.teacher,
         )
         return learned, faulty
-
-    def _lessons(self, answers: Answers, memories: Memories, untold: Answers | None) -> list[Lesson]:
-        """Make the lessons of all updates ready, together as far as they can be.
-
-        Each has its share of the memories, then all the records of the batch, then what was answered to those that
-        will never have a label.
-        """
-        updates, past = self._effort(), memories.x.to(self.device)
-        raw, y = answers.x.to(self.device, non_blocking=True), answers.y.to(self.device)
-        if self.augment is None:
-            shown = dealt(past, raw.expand(updates, *raw.shape))
-        else:
-            changed = self.augment(past) if len(past) else past
-            shown = dealt(changed, torch.stack([self.augment(raw) for _ in range(updates)]))
-        x = self.inputs(shown.flatten(0, 1)).view(shown.shape)
-        weights = (memories.weights / max(1, len(memories) // updates)).to(self.device)
-        columns = (
-            x,
-            dealt(memories.y.to(self.device), y.expand(updates, -1)),
-            dealt(weights, _even(raw).expand(updates, -1)),
-        )
-        lessons = [Lesson(*parts) for parts in zip(*(column.unbind() for column in columns), strict=True)]
-        among = self.cohort.distillation.stream_classes(y, self._width)
-        if among is not None:  # memories are told apart among all classes
-            among = dealt(among.new_ones(len(past), self._width), among.expand(updates, *among.shape))
-            lessons = [replace(lesson, among=one) for lesson, one in zip(lessons, among, strict=True)]
-        if self.cohort.distillation.views:
-            present = [self._views(raw) for _ in lessons]
-            harder = self._views(past) if len(past) else [past] * len(present[0])
-            views = [dealt(one, torch.stack(now)) for one, *now in zip(harder, *present, strict=True)]
-            lessons = [replace(lesson, views=tuple(own)) for lesson, *own in zip(lessons, *views, strict=True)]
-        return lessons if untold is None else self._with(lessons, untold)
-
-    def _with(self, lessons: list[Lesson], untold: Answers) -> list[Lesson]:
-        """Add to every lesson what was answered to records that will never have a label."""
-        rule, x = self.cohort.distillation, self.inputs(untold.x.to(self.device))
-        y, weights = untold.y.to(self.device), _even(x) * rule.unlabelled
-        targets = doubted(untold.served[:, : self._width].to(self.device), self._seen, rule.doubt)
-        mixed = [interpolated(x, targets, rule.interpolate) for _ in lessons]
-        return [joined([one, Lesson(x, y, weights, p)]) for one, (x, p) in zip(lessons, mixed, strict=True)]
-
-    def _views(self, raw: Tensor) -> tuple[Tensor, ...]:
-        """Make ever harder views of raw inputs, ready for the models."""
-        made = []
-        for view in self.cohort.distillation.views:
-            raw = view(raw)
-            made.append(self.inputs(raw))
-        return tuple(made)
 
     def _remember(self, answers: Answers, memories: Memories, learned: list[Learned]) -> Tensor:
         """Refresh the priorities of what was recalled, then remember what was learned.
@@ -556,9 +508,3 @@ def _faults(batch: Batch, answers: Answers, faulty: list[int]) -> tuple[Fault, .
 def _in_a_row(parts: Sequence[Tensor]) -> Tensor:
     """Put the parts of a batch one after the other; most batches have one, which needs no copy."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _even(x: Tensor) -> Tensor:
-    """Weigh all records alike, together 1."""
-    n = x.shape[0]
-    return torch.full((n,), 1 / max(1, n), device=x.device)

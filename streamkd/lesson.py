@@ -77,13 +77,6 @@ class Lesson:
         return [self.rows(range(first, min(first + size, len(self)))) for first in range(0, len(self), size)]
 
 
-def dealt(past: Tensor, present: Tensor) -> Tensor:
-    """Deal `past` `[m, ...]` out to updates, before what each of them has anyway, `present` `[updates, n, ...]`."""
-    if not len(past):
-        return present
-    return torch.cat([past.view(len(present), -1, *present.shape[2:]), present], 1)
-
-
 def joined(parts: Sequence[Lesson]) -> Lesson:
     """Put lessons one after the other.
 
