@@ -114,7 +114,7 @@ class Waiting(Collector):
         """Keep a report until it is added up."""
         with self._lock:
             self._reports.append(report)
-            self._numbers += report.served.numel() * (1 + len(report.learned))  # an update tells of as many, or fewer
+            self._numbers += report.served.numel() + sum(update.parts.numel() for update in report.learned)
             if len(self._reports) >= MOST_WAITING or self._numbers >= MOST_NUMBERS:
                 self._hand_over()
 

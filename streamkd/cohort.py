@@ -91,7 +91,7 @@ class Cohort:
         self._wanted = compiled
         self._plain = self._by_itself()
         self.fused = self._fused() if compiled else None
-        self._lessons: Pairs | None = None
+        self._scheduled: Pairs | None = None
         self._pairs: tuple[tuple[tuple[int, int], ...], Tensor, Tensor, Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
@@ -139,7 +139,7 @@ class Cohort:
     def schedule(self, teacher: int, classes: int) -> None:
         """Set temperatures, alphas and betas for the next lessons."""
         rule = self.distillation
-        self._lessons = None
+        self._scheduled = None
         burning_in = self.updates < rule.burn_in
         boost = 1 + (rule.temperature_boost - 1) * self._alertness()
         alphas, betas, weights = self.alphas, self.betas, self.feature_weights
@@ -167,6 +167,8 @@ class Cohort:
 
     def learn(self, lessons: Sequence[Lesson], *, teacher: int, seen: Tensor, weights: Tensor) -> list[Learned]:
         """Take one step with every peer for each of the lessons, up to the first with examples that are at fault.
+
+        What comes after that is not learned: it is the caller's to leave these examples out of it.
 
         Args:
             lessons: the examples, one at least.
@@ -223,9 +225,12 @@ class Cohort:
 
         None of them, if they are not for it, or if anything in them is not finite.
         """
-        rule = self._lessons = self._lessons or self._prepare(lessons[0].weights.device)
-        fused, lessons = self.fused, lessons[: self.fused.at_once if self.fused else 0]
-        if fused is None or not rule.teach or not all(lesson.plain for lesson in lessons):
+        fused = self.fused
+        if fused is None:
+            return []
+        rule = self._scheduled = self._scheduled or self._prepare(lessons[0].weights.device)
+        lessons = lessons[: fused.at_once]
+        if not (rule.teach and all(lesson.plain for lesson in lessons) and fused.serves(lessons, seen)):
             return []
         paces = self._paces(teacher, len(lessons)).to(seen.device) if fused.steps else None
         longest = max(map(len, lessons))
@@ -261,9 +266,12 @@ class Cohort:
             records: makes them ready, for those who ask: `[n, ...]`, with their labels `[n]`.
             teacher: index of the peer in office.
         """
-        for index, peer in enumerate(self.peers):
-            if isinstance(peer, RiverPeer) and not self._frozen(index, teacher):
-                peer.absorb(*records())
+        going = [peer for index, peer in enumerate(self.peers) if not self._frozen(index, teacher)]
+        by_record = [peer for peer in going if isinstance(peer, RiverPeer)]
+        if by_record:
+            x, y = records()
+            for peer in by_record:
+                peer.absorb(x, y)
 
     def _backward(self, lesson: Lesson, *, teacher: int, seen: Tensor, weights: Tensor) -> Learned:
         """Bring every peer its gradient, clipped; take no step yet."""
@@ -289,7 +297,7 @@ class Cohort:
         """
         asked, lesson = lesson, lesson.unrolled()
         logits = self._in_order([group.learn(lesson.x, len(seen)) for group in self.groups])
-        rule = self._lessons = self._lessons or self._prepare(logits.device)
+        rule = self._scheduled = self._scheduled or self._prepare(logits.device)
         hints: dict[int, Tensor] = {}
         how, told, sound = self.distillation, None, None
         if self._plain and asked.plain and logits.is_cpu and (how.by_peers or not rule.teach):
@@ -559,7 +567,7 @@ class Cohort:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self._lessons = None
+        self._scheduled = None
         for peer in self.peers:
             peer.load_state_dict(state["peers"][peer.name])
         self.losses, self.accuracies = list(state["losses"]), list(state["accuracies"])

@@ -43,6 +43,9 @@ from streamkd.roles import Election, Swap
 from streamkd.served import Served
 from streamkd.transfer import TransferEfficiency, efficiencies
 
+TOGETHER = 2
+"""Updates for which lessons are made ready, and learned, in one go at the most: those of a batch, as it is shipped."""
+
 
 class Engine:
     """Predicts every batch before it learns it.
@@ -307,25 +310,24 @@ class Engine:
         Returns:
             What each update did, and the rows left out because an update on one alone is not finite.
         """
-        if not len(answers):
-            return [], []
-        lessons = self._lessons(answers, memories, untold, updates=self._effort(), seen=self._seen)
-        recalled = len(memories) // len(lessons)
-        kept, faulty, learned = list(range(len(answers))), list[int](), list[Learned]()
-        while lessons and len(lessons[0]):
-            results = self.cohort.learn(
-                lessons, teacher=self.roles.teacher, seen=self._seen, weights=self.served.weights
+        updates, learned, faulty = self._effort() if len(answers) else 0, list[Learned](), list[int]()
+        each, kept, own = len(memories) // max(1, updates), list(range(len(answers))), answers
+        while (done := len(learned)) < updates and (kept or each or untold is not None):
+            ready = min(TOGETHER, updates - done)
+            part = memories if ready == updates else memories.rows(slice(done * each, (done + ready) * each))
+            learned += self.cohort.learn(
+                self._lessons(own, part, untold, updates=ready, seen=self._seen),
+                teacher=self.roles.teacher,
+                seen=self._seen,
+                weights=self.served.weights,
             )
-            learned += results
-            lessons = lessons[len(results) :]
-            wrong = {row for row in results[-1].faulty if recalled <= row < recalled + len(kept)}
+            wrong = [row - each for row in learned[-1].faulty if each <= row < each + len(kept)]
             if wrong:
-                lessons = [lesson.rows([row for row in range(len(lesson)) if row not in wrong]) for lesson in lessons]
-                faulty += [kept[row - recalled] for row in sorted(wrong)]
+                faulty += [kept[row] for row in wrong]
                 kept = [row for row in kept if row not in faulty]
+                own = answers.rows(torch.tensor(kept, dtype=torch.int64))
         self.cohort.absorb(
-            lambda: (self.inputs(answers.x[kept].to(self.device)), answers.y[kept].to(self.device)),
-            teacher=self.roles.teacher,
+            lambda: (self.inputs(own.x.to(self.device)), own.y.to(self.device)), teacher=self.roles.teacher
         )
         return learned, faulty
 

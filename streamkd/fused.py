@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from math import isfinite
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,15 @@ from streamkd.logits import UNSEEN
 from streamkd.stack import Group, Stack, leaves
 
 Said = tuple[Tensor, Tensor, Tensor]
+Told = TypeVar("Told")
 ROWS = 16
 """Lessons are filled up to a multiple of this with rows that weigh nothing: each size is compiled once, in seconds."""
 CLASSES = 8
 """Likewise classes, to a power of 2, and to this at the least."""
 AT_ONCE = 2
 """Updates in one call at the most: those of one batch, as it is shipped; what is compiled grows with each."""
+SIZES = 64
+"""Functions that are compiled at the most, one for every size; torch's own limit is 8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,8 @@ class Fused:
         gate, cap: of the distillation.
 
     Attributes:
-        trouble: why it cannot be compiled here; empty where it can.
-        updates: the function below, compiled.
+        trouble: why it cannot be compiled here, or for lessons of some size; empty where it can.
+        take: the function below, compiled.
         steps: whether it takes the steps as well; if not, it brings the gradients, for optimizers of their own.
         at_once: lessons that it takes in one call, at the most.
     """
@@ -62,13 +66,23 @@ class Fused:
         self.steps = stack.descends
         self.at_once = AT_ONCE if self.steps else 1
         self._stack = stack
+        self._failed: set[tuple[int, ...]] = set()
         layers = tuple(leaves(stack.peers[0].module))
         self._teaching = Teaching(layers, gate, cap)
         self._width = [layer.out_features for layer in layers if isinstance(layer, nn.Linear)][-1]
         # One thread compiles: processes that wait to compile more would stay for good.
-        self.updates: Callable[..., tuple[list[Said], Tensor]] = torch.compile(
-            updates, fullgraph=True, dynamic=False, options={"compile_threads": 1}
+        self.take: Callable[..., tuple[list[Said], Tensor]] = torch.compile(
+            take, fullgraph=True, dynamic=False, options={"compile_threads": 1}
         )
+
+    def _size(self, lessons: Sequence[Lesson], seen: Tensor) -> tuple[int, ...]:
+        """Return what a function is compiled for: the classes, and the rows of each lesson."""
+        columns = min(self._width, max(CLASSES, 1 << (len(seen) - 1).bit_length()))
+        return columns, *(-(-len(lesson) // ROWS) * ROWS for lesson in lessons)
+
+    def serves(self, lessons: Sequence[Lesson], seen: Tensor) -> bool:
+        """Whether there is a function for lessons of these sizes, as far as is known before it is compiled."""
+        return not self._failed or self._size(lessons, seen) not in self._failed
 
     @torch.no_grad()
     def __call__(
@@ -77,7 +91,7 @@ class Fused:
         """Take one step after the other, or none if any of them is not finite.
 
         Args:
-            lessons: without targets, `at_once` at the most.
+            lessons: plain ones, `at_once` at the most.
             seen: bool, which of the first classes were met so far.
             pairs: among the peers themselves.
             paces: `[2, lessons, peers, 1]`, how far each step goes along its gradient, and by how much the averages
@@ -87,19 +101,19 @@ class Fused:
             Of each lesson the losses, their parts, the answers and the norms, see `Learned`; None where it cannot be
             compiled, or is not finite.
         """
-        if self.trouble:
-            return None
-        columns = min(self._width, max(CLASSES, 1 << (len(seen) - 1).bit_length()))
+        columns, *rows = size = self._size(lessons, seen)
         if columns > len(seen):
             seen = functional.pad(seen, (0, columns - len(seen)))
         rule = (pairs.sources, pairs.students, pairs.alphas, pairs.portions, pairs.temperatures, pairs.betas)
-        filled = [_filled(lesson) for lesson in lessons]
+        filled = [_filled(lesson, count) for lesson, count in zip(lessons, rows, strict=True)]
+        take = partial(self.take, self._teaching, self._stack.operands, filled, seen, rule, paces=paces)
         try:
-            told, norms = self.updates(self._teaching, self._stack.operands, filled, seen, rule, paces=paces)
+            told, norms = _compiled(take)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a compiler that is not there, or is another, comes to
             self.trouble = reason(error)
+            self._failed.add(size)
             return None
         lengths: list[list[float]] = norms.tolist()
         if not all(map(isfinite, chain.from_iterable(lengths))):
@@ -118,8 +132,20 @@ def fits(groups: Sequence[Group]) -> bool:
     return len(groups) == 1 and isinstance(groups[0], Stack)
 
 
-def _filled(lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
-    short = -len(lesson) % ROWS
+def _compiled(call: Callable[[], Told]) -> Told:
+    """Call what may have to be compiled first, for one size more than torch would by itself."""
+    try:
+        return call()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - torch's own word for its limit is not the same in all versions
+        with torch._dynamo.config.patch(cache_size_limit=SIZES):  # noqa: SLF001 - documented under this name
+            return call()
+
+
+def _filled(lesson: Lesson, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill a lesson up with rows that weigh nothing."""
+    short = rows - len(lesson)
     if not short:
         return lesson.x, lesson.y, lesson.weights
     x = torch.cat([lesson.x, lesson.x.new_zeros(short, *lesson.x.shape[1:])])
@@ -133,7 +159,7 @@ def _cropped(said: Said, rows: int) -> Said:
     return said if len(losses) == rows else (losses[:rows], parts[..., :rows], answers[:, :rows])
 
 
-def updates(
+def take(
     teaching: Teaching,
     peers: Sequence[Tensor],
     lessons: Sequence[Sequence[Tensor]],
@@ -194,8 +220,8 @@ def _update(
     log_q, log_s = (logits[sources] / heat).log_softmax(1), (logits[students] / heat).log_softmax(1)
     loss = (log_q.exp() * (log_q - log_s)).sum(1) * (temperatures * temperatures)
     gate = gated(teaching.gate, hard[students], hard[sources]) * alphas
-    lessons = (log_s.exp() - log_q.exp()) * (gate * temperatures)[:, None]
-    taught = torch.zeros_like(logits).index_add(0, students, lessons)
+    soft = (log_s.exp() - log_q.exp()) * (gate * temperatures)[:, None]
+    taught = torch.zeros_like(logits).index_add(0, students, soft)
     if teaching.cap:
         taught = taught * (gradient.norm(dim=1) / taught.norm(dim=1).clamp(min=TINY)).clamp(max=1.0)[:, None]
     nothing = torch.zeros_like(hard)

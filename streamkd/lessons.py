@@ -49,17 +49,12 @@ class Lessons:
             seen: bool, which of the first classes were met so far.
         """
         past, raw = memories.x.to(self._device), answers.x.to(self._device, non_blocking=True)
-        y = answers.y.to(self._device)
-        if self._augment is None:
-            shown = dealt(past, raw.expand(updates, *raw.shape))
-        else:
-            changed = self._augment(past) if len(past) else past
-            shown = dealt(changed, torch.stack([self._augment(raw) for _ in range(updates)]))
-        weights = (memories.weights / max(1, len(memories) // updates)).to(self._device)
+        y, weights = answers.y.to(self._device), memories.weights / max(1, len(memories) // updates)
+        past_x, x = self._shown(past, raw, updates)
         columns = (
-            self._inputs(shown.flatten(0, 1)).view(shown.shape),
+            dealt(past_x, x.expand(updates, *x.shape[1:])),
             dealt(memories.y.to(self._device), y.expand(updates, -1)),
-            dealt(weights, _even(raw).expand(updates, -1)),
+            dealt(weights.to(self._device), _even(raw).expand(updates, -1)),
         )
         lessons = [Lesson(*parts) for parts in zip(*(column.unbind() for column in columns), strict=True)]
         among = self._rule.stream_classes(y, len(seen))
@@ -67,11 +62,28 @@ class Lessons:
             among = dealt(among.new_ones(len(past), len(seen)), among.expand(updates, *among.shape))
             lessons = [replace(lesson, among=one) for lesson, one in zip(lessons, among, strict=True)]
         if self._rule.views:
+            harder = self._views(past) if len(past) else [past] * len(self._rule.views)
             present = [self._views(raw) for _ in lessons]
-            harder = self._views(past) if len(past) else [past] * len(present[0])
             views = [dealt(one, torch.stack(now)) for one, *now in zip(harder, *present, strict=True)]
             lessons = [replace(lesson, views=tuple(own)) for lesson, *own in zip(lessons, *views, strict=True)]
         return lessons if untold is None else self._with(lessons, untold, seen)
+
+    def _shown(self, past: Tensor, raw: Tensor, updates: int) -> tuple[Tensor, Tensor]:
+        """Make memories `[m, ...]` and the batch ready, for each update `[updates, n, ...]`, or for all `[1, n, ...]`.
+
+        They are scaled together, for to scale a few records costs as much as to scale many.
+        """
+        if self._augment is None:
+            own = raw[None]
+        else:
+            past = self._augment(past) if len(past) else past
+            own = torch.stack([self._augment(raw) for _ in range(updates)])
+        rows = own.flatten(0, 1)
+        if not len(past) or past.dtype != rows.dtype:  # bytes go from 0 to 255, numbers of another type may not
+            x, past_x = self._inputs(rows), self._inputs(past) if len(past) else past
+        else:
+            past_x, x = torch.split(self._inputs(torch.cat([past, rows])), [len(past), len(rows)])
+        return past_x, x.view(*own.shape[:2], *x.shape[1:])
 
     def _views(self, raw: Tensor) -> list[Tensor]:
         """Make ever harder views of raw inputs, ready for the models."""

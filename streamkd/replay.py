@@ -40,6 +40,10 @@ class Memories:
     def __len__(self) -> int:
         return self.slots.shape[0]
 
+    def rows(self, rows: slice) -> "Memories":
+        """Return some of them."""
+        return Memories(self.slots[rows], self.x[rows], self.y[rows], self.weights[rows], self.ages[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class Recall:

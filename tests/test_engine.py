@@ -26,6 +26,7 @@ from streamkd.drift import never
 from streamkd.inputs import Raw
 from streamkd.logits import mask_unseen
 from streamkd.models import mlp
+from streamkd.report import LOG_FLOOR
 
 
 def assert_same(one: Any, other: Any, path: str = "state") -> None:
@@ -80,6 +81,15 @@ def test_one_step_is_predict_join_score_adapt_recall_learn_remember(monkeypatch:
         "remember: records",
     ]
     assert list(report.seconds) == ["predict", "score", "adapt", "recall", "learn", "remember"]
+
+
+def test_each_peer_is_scored_on_what_it_said_itself() -> None:
+    made = lively()
+    for batch in batches():
+        report = made.step(batch)
+        said = report.log_p[:, torch.arange(len(batch)), batch.y].clamp(min=LOG_FLOOR)
+        served = report.served[torch.arange(len(batch)), batch.y].log().clamp(min=LOG_FLOOR)
+        assert torch.allclose(report.scored.losses, -torch.cat([said, served[None]]), atol=1e-5)
 
 
 @pytest.mark.parametrize("cut", [23, 53, 71])

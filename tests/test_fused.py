@@ -12,7 +12,7 @@ from worlds import stored
 
 from streamkd import UNLABELLED, Batch, Cohort, Distillation, Engine, stream_classes, views
 from streamkd.cohort import UNFIT
-from streamkd.fused import updates
+from streamkd.fused import ROWS, take
 from streamkd.lesson import Lesson
 from streamkd.losses import dist
 from streamkd.schedules import constant
@@ -21,10 +21,10 @@ RULE = {"burn_in": 2, "alpha": constant(0.7), "temperature": constant(2.0), "bet
 
 
 def cohorts(build: Build, optimizer: str = "sgd", **rule: Any) -> tuple[Cohort, Cohort]:
-    """One cohort as it is, and one by the function of a whole update, which is not compiled here."""
+    """One cohort as it is, and one by the function of whole updates, which is not compiled here."""
     plain, fused = (Cohort(peers(build, optimizer), Distillation(**RULE | rule), compiled=it) for it in (False, True))
     assert fused.fused is not None
-    fused.fused.updates = updates
+    fused.fused.take = take
     return plain, fused
 
 
@@ -84,6 +84,60 @@ def test_updates_taken_together_come_to_what_they_come_to_one_by_one(
         [peer.taken for peer in plain.peers],
     )
     assert same(plain, fused)
+
+
+@pytest.mark.parametrize(("optimizer", "calls"), [("sgd", [2, 2, 1]), ("adam", [1] * 5)])
+def test_two_updates_go_into_one_call_unless_optimizers_have_to_step_between_them(
+    optimizer: str, calls: list[int]
+) -> None:
+    _, fused = cohorts(BUILDS["normed"], optimizer)
+    asked: list[int] = []
+
+    def counted(teaching: Any, peers: Any, lessons: Any, *rest: Any, **options: Any) -> Any:
+        asked.append(len(lessons))
+        return take(teaching, peers, lessons, *rest, **options)
+
+    learn(fused, range(2))
+    assert fused.fused is not None
+    fused.fused.take = counted
+    fused.schedule(1, CLASSES)
+    options: Any = {"teacher": 1, "seen": torch.tensor([True, True]), "weights": torch.full((6,), 1 / 6)}
+    fused.learn([some(number, 12) for number in range(5)], **options)
+    assert asked == calls
+    fused.fitting.at_once = 11  # what does not fit the device at once is learned in parts, by operations of their own
+    assert len(fused.learn([some(0, 12)], **options)) == 1
+    assert asked == calls
+
+
+@pytest.mark.slow
+def test_more_sizes_are_compiled_than_torch_would_by_itself() -> None:
+    torch._dynamo.reset()  # noqa: SLF001 - what other tests compiled
+    _, fused = cohorts(BUILDS["linear"])
+    assert fused.fused is not None
+    fused.fused.take = torch.compile(take, backend="eager", fullgraph=True, dynamic=False)
+    learn(fused, range(2))
+    for n in range(8, 200, 16):
+        learn(fused, range(1), n)
+        assert fused.uncompiled == ""
+
+
+def test_a_size_that_cannot_be_compiled_leaves_the_others_as_they_are() -> None:
+    _, fused = cohorts(BUILDS["normed"])
+    asked: list[int] = []
+
+    def narrow(teaching: Any, peers: Any, lessons: Any, *rest: Any, **options: Any) -> Any:
+        asked.append(len(lessons[0][1]))
+        if len(lessons[0][1]) > ROWS:
+            raise RuntimeError("too large for it")
+        return take(teaching, peers, lessons, *rest, **options)
+
+    learn(fused, range(2))
+    assert fused.fused is not None
+    fused.fused.take = narrow
+    for n in (12, 20, 12, 20):
+        learn(fused, range(1), n)
+    assert asked == [16, 32, 32, 16]  # tried twice, for want of knowing why, and then no more
+    assert "too large for it" in fused.uncompiled
 
 
 def test_of_updates_taken_together_those_after_one_with_a_record_at_fault_are_not_taken() -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamkd import UNLABELLED, Distillation, stream_classes
-from streamkd.inputs import Standardiser
+from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Answers
 from streamkd.lessons import Lessons
 from streamkd.replay import Memories
@@ -77,3 +78,24 @@ def test_each_lesson_is_its_share_of_the_memories_then_the_batch_then_what_was_a
         assert len(lesson.views) == views
         for harder, view in enumerate(lesson.views, start=1):
             assert torch.allclose(view[:known], inputs(raw + harder), atol=1e-5)
+
+
+def test_chance_is_asked_anew_for_every_update() -> None:
+    def noisy(x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+    rule = Distillation(views=[noisy], interpolate=0.5)
+    batch, past, untold = answers(6), memories(4), answers(5, labelled=False)
+    for augment in (None, noisy):
+        make = Lessons(scale(), augment, rule, torch.device("cpu"))
+        one, other = make(batch, past, untold, updates=2, seen=SEEN)
+        assert torch.equal(one.x[2:8], other.x[2:8]) is (augment is None)
+        assert not torch.equal(one.x[8:], other.x[8:])
+        assert not torch.isclose(one.views[0][2:8], other.views[0][2:8]).all(1).any()
+
+
+def test_bytes_in_the_memory_and_other_numbers_since_are_each_taken_for_what_they_are() -> None:
+    past = memories(2)
+    past = replace(past, x=torch.tensor([[0, 51, 255]] * 2, dtype=torch.uint8))
+    (lesson,) = Lessons(Raw(), None, Distillation(), torch.device("cpu"))(answers(1), past, None, updates=1, seen=SEEN)
+    assert torch.allclose(lesson.x[:2], torch.tensor([0.0, 0.2, 1.0]))

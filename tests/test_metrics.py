@@ -127,7 +127,7 @@ def test_few_reports_wait_where_they_are_large() -> None:
     told: list[int] = []
     waiting = Waiting(lambda reports: told.append(len(reports)), CollectorRegistry())
     small = engine().step(batches()[0])
-    large = replace(small, served=torch.zeros(MOST_NUMBERS // 8, 1), learned=small.learned[:1])
+    large = replace(small, served=torch.zeros(MOST_NUMBERS // 4, 1))
     for report, count in ((small, 3 * MOST_WAITING), (large, 12)):
         for _ in range(count):
             waiting.add(report)

@@ -22,6 +22,7 @@ from streamkd.inputs import Raw
 from streamkd.lesson import Lesson
 from streamkd.models import mlp
 from streamkd.peer import KEEP_EVERY
+from streamkd.replay import Memories
 
 POISON = 3e38
 """Finite, but five of them add up to infinity."""
@@ -298,3 +299,32 @@ def test_a_roll_back_after_a_restore_goes_to_the_weights_that_were_kept_before()
     state = again.cohort.peers[0].module.state_dict()
     assert good
     assert all(torch.equal(state[name], weight) for name, weight in good.items())
+
+
+def test_a_record_without_a_label_that_breaks_an_update_costs_those_with_one_nothing() -> None:
+    made = fragile(*(partial(mlp, (5,), CLASSES, widths=(w,)) for w in (16, 8)))
+    for batch in batches(480):
+        y = torch.where(torch.arange(16) < 4, UNLABELLED, batch.y)
+        report = made.step(replace(poisoned(batch, {1}), y=y, ids=()))
+        assert (report.faults, report.trained) == ((), 12)
+    assert bool(weights(made).isfinite().all())
+
+
+def test_what_broke_in_the_memory_is_not_drawn_again_and_its_priority_is_told() -> None:
+    made, drawn = plain(), list[Tensor]()
+    made.step(batches(16)[0])
+    made.replay.add(torch.full((4, 5), POISON), torch.zeros(4, dtype=torch.int64))
+    sample = made.replay.sample
+
+    def recorded(n: int, window: int | None = None) -> Memories:
+        recalled = sample(n, window)
+        drawn.append(recalled.slots)
+        return recalled
+
+    made.replay.sample = recorded  # type: ignore[method-assign]
+    for batch in batches(128)[1:]:
+        report = made.step(batch)
+        assert torch.equal(report.replay.priorities, made.replay.priorities_at(drawn[-1]))
+    assert len(torch.cat(drawn).unique()) < len(torch.cat(drawn))  # some came twice
+    assert not made.replay.priorities_at(torch.arange(16, 20)).any()
+    assert not set(drawn[-1].tolist()) & {16, 17, 18, 19}

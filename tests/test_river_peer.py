@@ -1,6 +1,7 @@
 """Classifiers of river's as peers: they learn, teach, are served and saved like any other."""
 
 import pickle
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ import pytest
 import torch
 from river import forest, naive_bayes, tree
 from test_commands import streamkd, table
+from torch import Tensor
 from worlds import CLASSES, batches, stored
 
 from streamkd import Distillation, DriftWatch, Engine, Peer, RiverPeer, checkpoint, pickles
 from streamkd.config import build_engine
 from streamkd.drift import never
 from streamkd.errors import ConfigError
+from streamkd.inputs import Raw
 from streamkd.models import mlp
 from streamkd.schedules import constant
 from streamkd.settings import EngineSettings, validate
@@ -80,6 +83,26 @@ def test_a_resumed_run_equals_the_unbroken_one(scheme: str) -> None:
         unbroken.step(batch)
         again.step(batch)
     assert checkpoint.digest(again.state_dict()) == checkpoint.digest(unbroken.state_dict())
+
+
+def test_a_record_that_breaks_an_update_is_not_learned_by_those_that_learn_record_by_record_either() -> None:
+    made, given = mixed(inputs=Raw()), list[Tensor]()
+    forest = next(peer for peer in made.cohort.peers if isinstance(peer, RiverPeer))
+    absorb = forest.absorb
+
+    def recorded(x: Tensor, y: Tensor) -> None:
+        given.append(x)
+        absorb(x, y)
+
+    forest.absorb = recorded  # type: ignore[method-assign]
+    named = 0
+    for number, batch in enumerate(batches(160)):
+        x = batch.x.clone()
+        x[number] = 3e38
+        faults = [fault.row for fault in made.step(replace(batch, x=x)).faults]
+        assert torch.equal(given[-1], x[[row for row in range(16) if row not in faults]])
+        named += len(faults)
+    assert named
 
 
 def test_a_teacher_that_is_frozen_learns_nothing_more() -> None:
