@@ -129,11 +129,11 @@ class Subscription:
             self._fault = f"disconnected: {reason}"
 
     def _write(self, spool: Spool) -> None:
-        """Write what has come, all of it at once, and then acknowledge it; until told to end."""
+        """Write what has come, many messages at once, and then acknowledge them; until told to end."""
         ending = False
         while not ending:
             come = [self._waiting.get()]
-            while not self._waiting.empty():
+            while len(come) < AT_ONCE and not self._waiting.empty():  # as a full spool takes in no more than that
                 come.append(self._waiting.get())
             ending = None in come
             arrived = [pair for pair in come if pair is not None]
