@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from math import isfinite
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,6 @@ from streamkd.logits import UNSEEN
 from streamkd.stack import Group, Stack, leaves
 
 Said = tuple[Tensor, Tensor, Tensor]
-Told = TypeVar("Told")
 ROWS = 16
 """Lessons are filled up to a multiple of this with rows that weigh nothing: each size is compiled once, in seconds."""
 CLASSES = 8
@@ -66,6 +64,7 @@ class Fused:
         self.steps = stack.descends
         self.at_once = AT_ONCE if self.steps else 1
         self._stack = stack
+        self._known: set[tuple[int, ...]] = set()
         self._failed: set[tuple[int, ...]] = set()
         layers = tuple(leaves(stack.peers[0].module))
         self._teaching = Teaching(layers, gate, cap)
@@ -108,7 +107,12 @@ class Fused:
         filled = [_filled(lesson, count) for lesson, count in zip(lessons, rows, strict=True)]
         take = partial(self.take, self._teaching, self._stack.operands, filled, seen, rule, paces=paces)
         try:
-            told, norms = _compiled(take)
+            if size in self._known:
+                told, norms = take()
+            else:
+                with torch._dynamo.config.patch(cache_size_limit=SIZES):  # noqa: SLF001 - documented under this name
+                    told, norms = take()
+                self._known.add(size)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a compiler that is not there, or is another, comes to
@@ -130,17 +134,6 @@ class Fused:
 def fits(groups: Sequence[Group]) -> bool:
     """Whether updates of these groups of peers can be compiled: peers of one architecture."""
     return len(groups) == 1 and isinstance(groups[0], Stack)
-
-
-def _compiled(call: Callable[[], Told]) -> Told:
-    """Call what may have to be compiled first, for one size more than torch would by itself."""
-    try:
-        return call()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # noqa: BLE001 - torch's own word for its limit is not the same in all versions
-        with torch._dynamo.config.patch(cache_size_limit=SIZES):  # noqa: SLF001 - documented under this name
-            return call()
 
 
 def _filled(lesson: Lesson, rows: int) -> tuple[Tensor, Tensor, Tensor]:
