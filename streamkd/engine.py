@@ -17,6 +17,7 @@ from streamkd.capacity import Capacity
 from streamkd.cohort import Cohort
 from streamkd.distillation import Distillation
 from streamkd.drift import DriftWatch, adwin
+from streamkd.fused import AT_ONCE
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Answers, Pending
 from streamkd.lesson import Learned, means
@@ -42,9 +43,6 @@ from streamkd.river_peer import RiverPeer
 from streamkd.roles import Election, Swap
 from streamkd.served import Served
 from streamkd.transfer import TransferEfficiency, efficiencies
-
-TOGETHER = 2
-"""Updates for which lessons are made ready, and learned, in one go at the most: those of a batch, as it is shipped."""
 
 
 class Engine:
@@ -313,7 +311,7 @@ class Engine:
         updates, learned, faulty = self._effort() if len(answers) else 0, list[Learned](), list[int]()
         each, kept, own = len(memories) // max(1, updates), list(range(len(answers))), answers
         while (done := len(learned)) < updates and (kept or each or untold is not None):
-            ready = min(TOGETHER, updates - done)
+            ready = min(AT_ONCE, updates - done)
             part = memories if ready == updates else memories.rows(slice(done * each, (done + ready) * each))
             learned += self.cohort.learn(
                 self._lessons(own, part, untold, updates=ready, seen=self._seen),

@@ -31,7 +31,8 @@ ROWS = 16
 CLASSES = 8
 """Likewise classes, to a power of 2, and to this at the least."""
 AT_ONCE = 2
-"""Updates in one call at the most: those of one batch, as it is shipped; what is compiled grows with each."""
+"""Updates made ready and taken in one go at the most: those of a batch, as it is shipped; what is compiled, and held in
+memory, grows with each."""
 SIZES = 64
 """Functions that are compiled at the most, one for every size; torch's own limit is 8."""
 
@@ -238,7 +239,7 @@ def _answer(layers: Sequence[nn.Module], x: Tensor, classes: int, weights: Seque
     x = x.flatten(1).T.expand(len(left[0]), -1, -1)
     for layer in layers:
         if isinstance(layer, nn.Linear):
-            kept = classes if len(left) <= len(list(layer.parameters())) else layer.out_features  # of the last layer
+            kept = classes if layer is layers[-1] else layer.out_features  # what comes after it may look at all
             x = torch.bmm(left.pop(0)[:, :kept], x)
             x = x if layer.bias is None else x + left.pop(0)[:, :kept, None]
         elif isinstance(layer, nn.LayerNorm):

@@ -2,12 +2,14 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_stack import BUILDS, CLASSES, FEATURES, Build, lesson, peers, same
+from torch import nn
 from worlds import stored
 
 from streamkd import UNLABELLED, Batch, Cohort, Distillation, Engine, stream_classes, views
@@ -15,6 +17,7 @@ from streamkd.cohort import UNFIT
 from streamkd.fused import ROWS, take
 from streamkd.lesson import Lesson
 from streamkd.losses import dist
+from streamkd.models import mlp
 from streamkd.schedules import constant
 
 RULE = {"burn_in": 2, "alpha": constant(0.7), "temperature": constant(2.0), "beta": constant(0.8)}
@@ -161,6 +164,23 @@ def test_every_architecture_that_is_put_together_can_be_fused(build: Build, opti
     plain, fused = cohorts(build, optimizer)
     learn(plain, range(12))
     learn(fused, range(12))
+    assert same(plain, fused)
+
+
+WIDE: dict[str, Build] = {
+    "normed": partial(mlp, (FEATURES,), 20, widths=(8, 6), layer_norm=True),
+    "no bias": lambda: nn.Sequential(nn.Linear(FEATURES, 6), nn.ReLU(), nn.Linear(6, 20, bias=False)),
+    "a norm at the end": lambda: nn.Sequential(nn.Linear(FEATURES, 20), nn.LayerNorm(20, elementwise_affine=False)),
+    "a function at the end": lambda: nn.Sequential(nn.Linear(FEATURES, 20), nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("build", WIDE.values(), ids=WIDE)
+def test_outputs_for_classes_that_were_never_met_change_nothing(build: Build) -> None:
+    plain, fused = cohorts(build)
+    learn(plain, range(12))
+    learn(fused, range(12))
+    assert fused.uncompiled == ""
     assert same(plain, fused)
 
 
