@@ -285,7 +285,7 @@ class Daemon:
 def teaching_pairs(engine: Engine) -> list[tuple[str, str]]:
     """Return every (teacher, student) that can occur, whoever is in office."""
     cohort = engine.cohort
-    pairs = {pair for teacher in range(len(cohort)) for pair in cohort.pairs(teacher)}
+    pairs = {pair for teacher in range(len(cohort)) for pair in engine.guidance.pairs(teacher)}
     return sorted({(cohort.source_names[source], cohort.names[student]) for source, student in pairs})
 
 

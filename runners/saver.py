@@ -261,7 +261,7 @@ def describe(engine: Engine, position: Mapping[str, Any], feed: Mapping[str, Any
         position: of the feed.
         feed: what it knows of its records, see `history.known`.
     """
-    cohort = engine.cohort
+    cohort, guidance = engine.cohort, engine.guidance
     return {
         "records": engine.records,
         "accuracy": engine.accuracy,
@@ -270,7 +270,7 @@ def describe(engine: Engine, position: Mapping[str, Any], feed: Mapping[str, Any
         "teacher": cohort.names[engine.roles.teacher],
         "peers": {
             peer.name: {"accuracy": float(accuracy), "loss": float(loss), "parameters": peer.capacity}
-            for peer, accuracy, loss in zip(cohort.peers, cohort.accuracies, cohort.losses, strict=True)
+            for peer, accuracy, loss in zip(cohort.peers, guidance.accuracies, guidance.losses, strict=True)
         },
     }
 

@@ -89,6 +89,7 @@ class Engine:
     ) -> None:
         self.device = torch.device(device)
         self.cohort = Cohort([peer.to(self.device) for peer in peers], distillation, capacity, compiled=compiled)
+        self.guidance = self.cohort.guidance
         self.classes = classes
         self.replay = ReplayBuffer() if replay is None else replay
         self.recall = recall or Recall()
@@ -145,7 +146,7 @@ class Engine:
             drawn = self._recall(part)
             self._note("recall")
             if len(part):
-                self.cohort.schedule(self.roles.teacher, self._met)
+                self.guidance.schedule(self.roles.teacher, self._met)
             with self._untracked():
                 taken, broken = self._learn(part, drawn, taught)
             self._note("learn")
@@ -235,7 +236,7 @@ class Engine:
         if self.pool is not None:
             self.pool.update(answers.log_p[..., : self._width], y)
         self.roles.update(log_p[:peers], torch.from_numpy(right[:-1]), spoken)
-        self.cohort.observe((log_p.numpy()[:peers].sum(1) / -n).tolist(), accuracies)
+        self.guidance.observe((log_p.numpy()[:peers].sum(1) / -n).tolist(), accuracies)
         self.transfer.update(scored.answers[:-1], self.roles.teacher)
         self.scored += n
         share = min(1.0, n / min(self.scored, 1_000))
@@ -246,7 +247,7 @@ class Engine:
         """Let the detector read the served errors; re-elect the teacher, at once after an alarm."""
         alarms = self.drift.read(scored)
         if alarms:
-            self.cohort.alarm()
+            self.guidance.alarm()
             self.served.shorten()
             if self.pool is not None:
                 self.pool.shorten()
@@ -258,7 +259,7 @@ class Engine:
         parts = -(-len(scored.y) // self.recall.stride)
         swap = self.roles.elect(
             parts * self._effort(),
-            drifting=self.cohort.updates - self.cohort.drift_update < self.roles.tenure,
+            drifting=self.guidance.updates - self.guidance.drift_update < self.roles.tenure,
             at_once=bool(alarms),
         )
         return drifts, swap
@@ -283,7 +284,7 @@ class Engine:
     def _untold(self, batch: Batch, said: Answers) -> Answers | None:
         """Choose the records that will never have a label, where the served answer is confident; None for none."""
         rule = self.cohort.distillation
-        if batch.ids or not rule.unlabelled or self.cohort.updates < rule.burn_in:
+        if batch.ids or not rule.unlabelled or self.guidance.updates < rule.burn_in:
             return None
         unknown = ~labelled(said.y)
         if not bool(unknown.any()):
@@ -300,7 +301,7 @@ class Engine:
 
     def _effort(self) -> int:
         """How many optimizer steps this batch is worth: more while the world is new."""
-        return round(self.recall.updates * self.cohort.effort)
+        return round(self.recall.updates * self.guidance.effort)
 
     def _learn(self, answers: Answers, memories: Memories, untold: Answers | None) -> tuple[list[Learned], list[int]]:
         """One optimizer step a peer for each share of the memories, all the records of the batch in every one of them.
@@ -366,19 +367,19 @@ class Engine:
         taught: int,
         faults: tuple[Fault, ...],
     ) -> Report:
-        cohort, names = self.cohort, self.cohort.names
+        cohort, guidance, names = self.cohort, self.guidance, self.cohort.names
         stepped = any(isfinite(norm) for result in learned for norm in result.norms)
         counts = {peer.name: unsound(peer) for peer in cohort.peers}
         return Report(
             step=self.steps,
-            updates=cohort.updates,
+            updates=guidance.updates,
             records=self.records,
             size=len(batch),
             unlabelled=said.y.tolist().count(UNLABELLED),
             trained=scored.y.shape[0] - len(faults) if stepped else 0,
             faults=faults,
             classes=self._met,
-            rate=cohort.rate,
+            rate=guidance.rate(),
             accuracy=self.accuracy,
             position=batch.position,
             log_p=said.log_p[: len(cohort)],
@@ -389,7 +390,7 @@ class Engine:
             peers=self._peer_reports(learned, counts),
             learned=tuple(learned),
             unsound=counts,
-            alphas={(cohort.source_names[i], names[j]): value for (i, j), value in cohort.alphas.items()},
+            alphas={(cohort.source_names[i], names[j]): value for (i, j), value in guidance.alphas.items()},
             drift=drifts,
             swap=None if swap is None else SwapReport(names[swap.before], names[swap.after], swap.reason),
             replay=ReplayReport(len(self.replay), self.replay.capacity, self._window(), priorities, ages),
@@ -401,10 +402,11 @@ class Engine:
 
     def _peer_reports(self, learned: Sequence[Learned], counts: Mapping[str, Mapping[str, int]]) -> Later:
         # All of these are replaced when they change, so what is here now is here for good.
-        cohort, size, weights = self.cohort, len(self.cohort), self.served.weights
+        guidance, names, weights = self.guidance, self.cohort.names, self.served.weights
+        size = len(names)
         answers, taught_by = self.transfer.answers, self.transfer.teacher
-        losses, accuracies, softness = cohort.losses, cohort.accuracies, cohort.softness
-        capacities, teacher = cohort.capacities, self.roles.teacher
+        losses, accuracies, softness = guidance.losses, guidance.accuracies, guidance.softness
+        capacities, teacher = guidance.capacities, self.roles.teacher
 
         def work_out() -> list[PeerReport]:
             shares = weights.view(2, size).sum(0).tolist()
@@ -433,7 +435,7 @@ class Engine:
                 )
             ]
 
-        return Later(cohort.names, work_out)
+        return Later(names, work_out)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state that determines the future, as plain values and tensors."""

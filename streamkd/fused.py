@@ -20,7 +20,8 @@ from torch.nn import functional
 from streamkd.batch import UNLABELLED
 from streamkd.distillation import gated
 from streamkd.errors import reason
-from streamkd.gradients import TINY, Pairs
+from streamkd.gradients import TINY
+from streamkd.guidance import Pairs
 from streamkd.lesson import Lesson
 from streamkd.logits import UNSEEN
 from streamkd.stack import Group, Stack, leaves

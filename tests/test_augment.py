@@ -94,7 +94,7 @@ def test_what_is_learned_and_recalled_is_augmented_and_what_is_predicted_is_not(
         engine.step(batch)
     engine.predict(pixels(4, 1, 6, 6))
     learned = [x for training, x in seen if training]
-    assert len(learned) == 2 * engine.cohort.updates
+    assert len(learned) == 2 * engine.guidance.updates
     assert len(learned[-1]) > 8  # memories among them
     assert all(x.unique().numel() == 1 for x in learned)
     assert all(x.unique().numel() > 1 for training, x in seen if not training)

@@ -25,7 +25,8 @@ from runners.evaluate import evaluate
 from streamkd import LabelRates, Pool, Served
 from streamkd.batch import UNLABELLED, Batch
 from streamkd.config import build_engine
-from streamkd.gradients import Pairs, in_arrays
+from streamkd.gradients import in_arrays
+from streamkd.guidance import Pairs
 from streamkd.inputs import Standardiser
 from streamkd.lesson import Lesson
 from streamkd.models import mlp
@@ -359,8 +360,8 @@ def test_the_bare_loop_learns_the_lessons_of_streamkd() -> None:
         told = in_arrays(logits, torch.ones(4, dtype=torch.bool), what, pairs, gate="better", cap=True)
         assert told is not None
         hard, gradient = by_hand.lesson(logits, y)
-        assert torch.allclose(hard, told[0][0], atol=1e-5)
-        assert torch.allclose(gradient, told[1], atol=1e-5)
+        assert torch.allclose(hard, told.parts[0], atol=1e-5)
+        assert torch.allclose(gradient, told.gradient, atol=1e-5)
 
 
 def test_ratios_are_taken_round_by_round() -> None:

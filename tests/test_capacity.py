@@ -132,20 +132,20 @@ def engine(kind: str, *overrides: str) -> Engine:
 @pytest.mark.parametrize("kind", ["parameters", "flops", "fisher", "dimension", "rank", "three_c"])
 def test_schedules_and_reports_are_given_the_capacities_that_are_measured(kind: str) -> None:
     made = engine(kind, "peers.2.model.widths=[16]", "distillation.alpha=capacity_ratio")
-    known = made.cohort.capacities
+    known = made.guidance.capacities
     assert all(value > 0 for value in known)
     report = made.step(Batch(torch.randn(16, 5), torch.zeros(16, dtype=torch.int64)))
     ratios = [peer.capacity_ratio for peer in report.peers.values()]
-    now, teacher = made.cohort.capacities, made.roles.teacher
+    now, teacher = made.guidance.capacities, made.roles.teacher
     assert ratios == pytest.approx([value / now[teacher] for value in now])
-    for (source, student), alpha in made.cohort.alphas.items():
+    for (source, student), alpha in made.guidance.alphas.items():
         ratio = known[student] / known[source]
         assert alpha == pytest.approx(float(torch.sigmoid(torch.tensor(ratio))), abs=0.02)
 
 
 def test_the_parameters_of_a_peer_are_the_capacity_unless_another_is_asked_for() -> None:
     made = engine("parameters")
-    assert made.cohort.capacities == [peer.capacity for peer in made.cohort.peers]
+    assert made.guidance.capacities == [peer.capacity for peer in made.cohort.peers]
     assert all(isinstance(peer, Peer) and not isinstance(peer.module, Tapped) for peer in made.cohort.peers)
 
 

@@ -79,7 +79,7 @@ def lesson_of(seed: int, n: int = 8) -> Lesson:
 
 
 def learn(cohort: Cohort, lesson: Lesson, teacher: int = 0, weights: Tensor | None = None) -> Learned:
-    cohort.schedule(teacher, CLASSES)
+    cohort.guidance.schedule(teacher, CLASSES)
     members = 2 * len(cohort)
     even = torch.full((members,), 1 / members)
     return cohort.learn([lesson], teacher=teacher, seen=SEEN, weights=even if weights is None else weights)[0]
@@ -118,8 +118,8 @@ def one_hot(y: Tensor) -> Tensor:
 )
 def test_each_scheme_says_who_teaches_whom(scheme: str, pairs: set[tuple[int, int]]) -> None:
     cohort = networks(plainly(scheme))
-    assert set(cohort.pairs(1)) == pairs
-    assert len(cohort.pairs(1)) == len(pairs)
+    assert set(cohort.guidance.pairs(1)) == pairs
+    assert len(cohort.guidance.pairs(1)) == len(pairs)
     names = {cohort.source_names[source] for source, _ in pairs}
     assert names == {"leader": {"b"}, "static": {"b"}, "ensemble": {"served"}, "none": set()}.get(scheme, set("abc"))
 
@@ -205,7 +205,7 @@ def test_a_plain_lesson_worked_out_in_arrays_is_what_torch_comes_to(  # noqa: PL
         lesson = lesson_of(seed + update)
         lesson = replace(lesson, y=seen.nonzero()[:, 0][lesson.y % sum(met)])
         for cohort in cohorts:
-            cohort.schedule(1, sum(met))
+            cohort.guidance.schedule(1, sum(met))
         said = [cohort.learn([lesson], teacher=1, seen=seen, weights=weights)[0] for cohort in cohorts]
         one, other = said
         assert torch.allclose(one.parts, other.parts, rtol=1e-4, atol=1e-4)  # T^2 times what cancels
@@ -282,10 +282,10 @@ def test_nobody_teaches_before_the_burn_in_is_over() -> None:
     for update in range(4):
         for cohort in (taught, alone):
             learn(cohort, lesson_of(update))
-        assert set(taught.alphas.values()) == {0.0}
+        assert set(taught.guidance.alphas.values()) == {0.0}
     assert all(torch.equal(flat(one), flat(other)) for one, other in zip(taught.peers, alone.peers, strict=True))
     learn(taught, lesson_of(4))
-    assert set(taught.alphas.values()) == {3.0}
+    assert set(taught.guidance.alphas.values()) == {3.0}
 
 
 def test_a_swap_changes_roles_and_no_weight() -> None:
@@ -297,18 +297,18 @@ def test_a_swap_changes_roles_and_no_weight() -> None:
     assert all(torch.equal(flat(one), flat(other)) for one, other in zip(swapped.peers, steady.peers, strict=True))
     cohort = networks(plainly("leader"))
     before = [flat(peer) for peer in cohort.peers]
-    cohort.schedule(0, CLASSES)
-    cohort.schedule(2, CLASSES)
-    assert {source for source, _ in cohort.alphas} == {2}
+    cohort.guidance.schedule(0, CLASSES)
+    cohort.guidance.schedule(2, CLASSES)
+    assert {source for source, _ in cohort.guidance.alphas} == {2}
     assert all(torch.equal(flat(peer), weights) for peer, weights in zip(cohort.peers, before, strict=True))
 
 
 def test_to_a_newly_elected_leader_its_labels_count_in_full() -> None:
     cohort = networks(plainly("leader", 0.7, beta=complement()))
-    cohort.schedule(0, CLASSES)
-    assert cohort.betas == pytest.approx([1, 0.3, 0.3])
-    cohort.schedule(1, CLASSES)
-    assert cohort.betas == pytest.approx([0.3, 1, 0.3])
+    cohort.guidance.schedule(0, CLASSES)
+    assert cohort.guidance.betas == pytest.approx([1, 0.3, 0.3])
+    cohort.guidance.schedule(1, CLASSES)
+    assert cohort.guidance.betas == pytest.approx([0.3, 1, 0.3])
 
 
 def test_beta_is_the_weight_of_the_labels() -> None:
@@ -352,7 +352,7 @@ def test_a_loss_that_is_not_finite_is_found_in_whatever_part_it_lies_though_its_
 def test_a_teacher_with_no_weight_left_to_train_can_teach() -> None:
     frozen = Peer("t", lambda: mlp((4,), CLASSES, widths=(4,)).requires_grad_(requires_grad=False))
     cohort = Cohort([frozen, *networks(plainly("none")).peers], Distillation(scheme="static", burn_in=0, gate="open"))
-    cohort.observe([0.2, 0.9, 0.9, 0.9], [0.5] * 4)
+    cohort.guidance.observe([0.2, 0.9, 0.9, 0.9], [0.5] * 4)
     before = flat(frozen)
     learned = learn(cohort, lesson_of(0))
     assert torch.equal(flat(frozen), before)
@@ -364,7 +364,7 @@ def test_a_raised_rate_fades_by_half_each_half_life_after_an_alarm() -> None:
     learn(cohort, lesson_of(0))
     rates = [peer.optimizer.param_groups[0]["lr"] for peer in cohort.peers]
     assert rates == pytest.approx([0.3, 0.1, 0.03])
-    cohort.alarm()
+    cohort.guidance.alarm()
     factors = []
     for update in range(5):
         learn(cohort, lesson_of(update))
@@ -377,7 +377,7 @@ def test_lessons_are_softer_after_an_alarm() -> None:
     lesson = lesson_of_rows([0, 1, 2, 0, 1, 2])
     cohort = tables(plainly("leader", temperature=constant(2.0), temperature_boost=1.5))
     logits = cohort.predict(lesson.x)[:3]
-    cohort.alarm()
+    cohort.guidance.alarm()
     learned = learn(cohort, lesson)
     softened = kd(Output(logits[1]), Output(logits[0]), lesson.y, torch.tensor(2.0 * 1.5)).mean()
     assert float(means([learned])[0][2][1]) == pytest.approx(float(softened))
@@ -402,8 +402,8 @@ def test_a_curriculum_makes_the_next_lesson_harder() -> None:
         for peer in cohort.peers:  # so that nothing but the temperature changes
             peer.rates = [0.0]
         before = learn(cohort, lesson)
-        assert [slope != 0 for slope in cohort.slopes] == [wanted == "mutual", True, True]
-        cohort.schedule(0, CLASSES)
+        assert [slope != 0 for slope in cohort.guidance.slopes] == [wanted == "mutual", True, True]
+        cohort.guidance.schedule(0, CLASSES)
         after = learn(cohort, lesson)
         assert bool((means([after])[0][2][1:] > means([before])[0][2][1:]).all())
 
@@ -412,8 +412,8 @@ def test_past_the_widest_gap_of_capacities_a_lesson_is_weakened_by_what_is_beyon
     for widest in (1.5, 1_000.0):
         cohort = networks(plainly("mutual", 1.0, widest_gap=widest))
         sizes = [peer.capacity for peer in cohort.peers]
-        cohort.schedule(0, CLASSES)
-        for (teacher, student), alpha in cohort.alphas.items():
+        cohort.guidance.schedule(0, CLASSES)
+        for (teacher, student), alpha in cohort.guidance.alphas.items():
             assert alpha == pytest.approx(min(1.0, widest * sizes[student] / sizes[teacher]))
 
 
@@ -421,7 +421,7 @@ def test_past_the_widest_gap_of_capacities_a_lesson_is_weakened_by_what_is_beyon
 def test_a_class_that_was_never_seen_moves_no_weight(scheme: str) -> None:
     cohort = tables(plainly(scheme))
     before = rows_of(cohort)
-    cohort.schedule(0, 2)
+    cohort.guidance.schedule(0, 2)
     seen = torch.tensor([True, False, True])
     cohort.learn([lesson_of_rows([0, 2, 0, 2, 0, 2])], teacher=0, seen=seen, weights=torch.full((6,), 1 / 6))
     assert torch.equal(rows_of(cohort)[..., 1], before[..., 1])
@@ -460,14 +460,14 @@ def test_what_was_observed_is_a_mean_over_fifty_batches() -> None:
     cohort = networks(plainly("none"))
     values = torch.rand(80, 3, generator=torch.Generator().manual_seed(0))
     for batch in range(80):
-        cohort.observe(values[batch].tolist(), (1 - values[batch]).tolist())
+        cohort.guidance.observe(values[batch].tolist(), (1 - values[batch]).tolist())
         if batch == 39:
-            assert cohort.losses == pytest.approx(values[:40].mean(0).tolist(), abs=1e-6)
+            assert cohort.guidance.losses == pytest.approx(values[:40].mean(0).tolist(), abs=1e-6)
     expected = values[:50].mean(0)
     for value in values[50:]:
         expected = expected + (value - expected) / 50
-    assert cohort.losses == pytest.approx(expected.tolist(), abs=1e-5)
-    assert cohort.accuracies == pytest.approx((1 - expected).tolist(), abs=1e-5)
+    assert cohort.guidance.losses == pytest.approx(expected.tolist(), abs=1e-5)
+    assert cohort.guidance.accuracies == pytest.approx((1 - expected).tolist(), abs=1e-5)
 
 
 def test_peers_answer_first_and_then_their_averages() -> None:
@@ -513,9 +513,9 @@ def changing(temperature: Schedule) -> Distillation:
 def go_on(cohort: Cohort, updates: range, *, schedule: bool = True) -> None:
     values = torch.rand(12, 3, generator=torch.Generator().manual_seed(1))
     for update in updates:
-        cohort.observe(values[update].tolist(), values[update].tolist())
+        cohort.guidance.observe(values[update].tolist(), values[update].tolist())
         if schedule:
-            cohort.schedule(update % 3, CLASSES)
+            cohort.guidance.schedule(update % 3, CLASSES)
         cohort.learn([lesson_of(update)], teacher=0, seen=SEEN, weights=torch.full((6,), 1 / 6))
 
 
@@ -524,14 +524,14 @@ def go_on(cohort: Cohort, updates: range, *, schedule: bool = True) -> None:
 def test_a_restored_cohort_learns_what_it_would_have_learned(temperature: Schedule, *, schedule: bool) -> None:
     cohort, restored = networks(changing(temperature)), networks(changing(temperature))
     go_on(cohort, range(4))
-    cohort.alarm()
+    cohort.guidance.alarm()
     go_on(cohort, range(4, 8))
     restored.load_state_dict(stored(cohort.state_dict()))
     # What the schedules said last is in force, and reported, until they are asked again.
     for one in (cohort, restored):
         go_on(one, range(8, 12), schedule=schedule)
     assert all(torch.equal(flat(one), flat(other)) for one, other in zip(cohort.peers, restored.peers, strict=True))
-    assert restored.temperatures == cohort.temperatures
-    assert restored.alphas == cohort.alphas
-    assert restored.betas == cohort.betas
-    assert restored.updates == 12
+    assert restored.guidance.temperatures == cohort.guidance.temperatures
+    assert restored.guidance.alphas == cohort.guidance.alphas
+    assert restored.guidance.betas == cohort.guidance.betas
+    assert restored.guidance.updates == 12

@@ -128,10 +128,10 @@ def test_a_gpu_is_waited_for_once_to_answer_once_an_update_and_once_for_the_loss
     with Elsewhere() as gpu:
         made = engine(SETTINGS[name], FEATURES, GPU, monkeypatch)
         for batch in records():
-            before = gpu.reads, made.cohort.updates
+            before = gpu.reads, made.guidance.updates
             report = made.step(batch)
             recalled = len(report.replay.ages) > 0
-            assert gpu.reads - before[0] == 1 + (made.cohort.updates - before[1]) + recalled
+            assert gpu.reads - before[0] == 1 + (made.guidance.updates - before[1]) + recalled
 
 
 def test_what_waits_and_what_is_remembered_takes_no_room_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

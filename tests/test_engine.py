@@ -288,11 +288,11 @@ def test_no_step_is_taken_where_no_label_came() -> None:
     made, stream = engine(), batches(480)
     for batch in stream[:15]:
         made.step(batch)
-    before = made.cohort.updates
+    before = made.guidance.updates
     unknown = made.step(hidden(stream[15], slice(None)))
-    assert (unknown.taught, len(unknown.replay.ages), made.cohort.updates) == (0, 0, before)
+    assert (unknown.taught, len(unknown.replay.ages), made.guidance.updates) == (0, 0, before)
     assert made.step(hidden(stream[16], slice(1, None))).taught == 15
-    assert made.cohort.updates > before
+    assert made.guidance.updates > before
 
 
 def test_what_was_answered_is_counted_where_no_label_will_come() -> None:

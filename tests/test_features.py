@@ -184,7 +184,7 @@ def taught(**options: Any) -> Distillation:
 def stepped(cohort: Cohort, what: Lesson) -> list[list[Tensor]]:
     """Learn once; return by what each weight of each peer changed."""
     before = [[weight.detach().clone() for weight in peer.module.parameters()] for peer in cohort.peers]
-    cohort.schedule(0, 3)
+    cohort.guidance.schedule(0, 3)
     cohort.learn([what], teacher=0, seen=torch.ones(3, dtype=torch.bool), weights=torch.full((4,), 0.25))
     return [
         [old - new.detach() for old, new in zip(olds, peer.module.parameters(), strict=True)]
@@ -214,14 +214,14 @@ def test_a_student_steps_along_its_labels_and_along_its_teachers_features(weight
 def test_features_weigh_what_the_logits_leave_them_and_are_reported() -> None:
     what = lesson()
     cohort = student_and_teacher(taught(alpha=constant(0.25), features=hint, feature_weight=complement()))
-    cohort.schedule(0, 3)
-    assert cohort.feature_weights == {(0, 1): 0.75}
+    cohort.guidance.schedule(0, 3)
+    assert cohort.guidance.feature_weights == {(0, 1): 0.75}
     without = student_and_teacher(taught(alpha=constant(0.25)))
     teacher, student = (peer.module for peer in cohort.peers)
     target = teacher(what.x).features.detach()
     expected = 0.75 * hint(student.adapt("t", student(what.x).features, target), target).mean().detach()
     seen, weights = torch.ones(3, dtype=torch.bool), torch.full((4,), 0.25)
-    without.schedule(0, 3)
+    without.guidance.schedule(0, 3)
     told, plain = (one.learn([what], teacher=0, seen=seen, weights=weights)[0] for one in (cohort, without))
     assert float(means([told])[0][1][1] - means([plain])[0][1][1]) == pytest.approx(float(expected), rel=1e-4)
     assert float(means([told])[0][1][0]) == 0

@@ -43,7 +43,7 @@ def learn(made: Cohort, numbers: range, n: int = 12, **options: Any) -> list[Any
     seen = torch.tensor([True, True])
     told = []
     for number in numbers:
-        made.schedule(1, CLASSES)
+        made.guidance.schedule(1, CLASSES)
         told += made.learn([some(number, n)], teacher=1, seen=seen, weights=weights, **options)
     return told
 
@@ -75,15 +75,15 @@ def test_updates_taken_together_come_to_what_they_come_to_one_by_one(
     options: Any = {"teacher": 1, "seen": torch.tensor([True, True]), "weights": torch.full((6,), 1 / 6)}
     for first in range(0, 3 * count, count):
         for made in (plain, fused):
-            made.alarm()
-            made.schedule(1, CLASSES)
+            made.guidance.alarm()
+            made.guidance.schedule(1, CLASSES)
         lessons = [some(number, 12) for number in range(first, first + count)]
         one = [plain.learn([lesson], **options)[0] for lesson in lessons]
         other = fused.learn(lessons, **options)
         assert [told.norms for told in one] == [pytest.approx(told.norms, rel=1e-3, abs=1e-6) for told in other]
         assert all(torch.equal(told.y, lesson.y) for told, lesson in zip(other, lessons, strict=True))
-    assert (fused.updates, [peer.taken for peer in fused.peers]) == (
-        plain.updates,
+    assert (fused.guidance.updates, [peer.taken for peer in fused.peers]) == (
+        plain.guidance.updates,
         [peer.taken for peer in plain.peers],
     )
     assert same(plain, fused)
@@ -103,7 +103,7 @@ def test_two_updates_go_into_one_call_unless_optimizers_have_to_step_between_the
     learn(fused, range(2))
     assert fused.fused is not None
     fused.fused.take = counted
-    fused.schedule(1, CLASSES)
+    fused.guidance.schedule(1, CLASSES)
     options: Any = {"teacher": 1, "seen": torch.tensor([True, True]), "weights": torch.full((6,), 1 / 6)}
     fused.learn([some(number, 12) for number in range(5)], **options)
     assert asked == calls
@@ -150,11 +150,11 @@ def test_of_updates_taken_together_those_after_one_with_a_record_at_fault_are_no
     lessons = [some(number, 12) for number in range(6)]
     lessons[3].x[4] = torch.inf
     for made in (plain, fused):
-        made.updates = 2  # past the burn-in
-        made.schedule(1, CLASSES)
+        made.guidance.updates = 2  # past the burn-in
+        made.guidance.schedule(1, CLASSES)
         told = made.learn(lessons, **options)
         assert [one.faulty for one in told] == [(), (), (), (4,)]
-        assert (made.updates, [peer.skipped for peer in made.peers]) == (6, [1, 1, 1])
+        assert (made.guidance.updates, [peer.skipped for peer in made.peers]) == (6, [1, 1, 1])
     assert same(plain, fused)
 
 
@@ -190,7 +190,7 @@ def test_a_record_at_fault_is_left_out_and_a_broken_teacher_teaches_nothing() ->
         learn(made, range(3))
         broken = some(3, 12)
         broken.x[4] = torch.inf
-        made.schedule(1, CLASSES)
+        made.guidance.schedule(1, CLASSES)
         (told,) = made.learn([broken], teacher=1, seen=torch.tensor([True, True]), weights=torch.full((6,), 1 / 6))
         assert told.faulty == (4,)
         with torch.no_grad():

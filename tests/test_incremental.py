@@ -132,7 +132,7 @@ def test_views_that_show_the_same_teach_the_same(scheme: str) -> None:
 
 
 def _learn(cohort: Any, what: Lesson) -> Any:
-    cohort.schedule(0, CLASSES)
+    cohort.guidance.schedule(0, CLASSES)
     return cohort.learn([what], teacher=0, seen=torch.ones(CLASSES, dtype=torch.bool), weights=torch.full((6,), 1 / 6))[
         0
     ]

@@ -49,7 +49,7 @@ def some(seed: int, n: int) -> Lesson:
 
 
 def learn(made: Cohort, number: int, n: int) -> Tensor:
-    made.schedule(1, CLASSES)
+    made.guidance.schedule(1, CLASSES)
     (told,) = made.learn(
         [some(number, n)], teacher=1, seen=torch.ones(CLASSES, dtype=torch.bool), weights=torch.full((6,), 1 / 6)
     )
@@ -86,7 +86,7 @@ def test_when_there_is_room_again_it_is_used() -> None:
         for model in (peer.module, peer.average):  # type: ignore[union-attr]
             model.room = 100  # type: ignore[union-attr, assignment]
     for number in range(4 * GROW_EVERY):
-        made.schedule(1, CLASSES)
+        made.guidance.schedule(1, CLASSES)
         learn(made, number, 40)
     assert made.fitting.at_once == ALL
     assert taken[-1] == 40

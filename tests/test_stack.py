@@ -78,7 +78,7 @@ def lesson(seed: int, n: int = 12) -> Lesson:
 
 def learn(made: Cohort, updates: range, teacher: int = 1) -> None:
     for update in updates:
-        made.schedule(teacher, CLASSES)
+        made.guidance.schedule(teacher, CLASSES)
         weights = torch.full((2 * len(made),), 1 / (2 * len(made)))
         made.learn([lesson(update)], teacher=teacher, seen=torch.ones(CLASSES, dtype=torch.bool), weights=weights)
 
@@ -117,7 +117,7 @@ def test_each_is_told_its_own_norm_wherever_those_of_its_architecture_stand() ->
 
     told = []
     for made in (mixed(), one_by_one(mixed())):
-        made.schedule(1, CLASSES)
+        made.guidance.schedule(1, CLASSES)
         seen, even = torch.ones(CLASSES, dtype=torch.bool), torch.full((8,), 1 / 8)
         told.append(made.learn([lesson(0)], teacher=1, seen=seen, weights=even)[0].norms)
     assert told[0] == pytest.approx(told[1], rel=1e-4)

@@ -231,7 +231,7 @@ def go(
     size, records, lessons, seconds = configuration.batch, 0, 0, 0.0
     for number, (x, y) in enumerate(train.tasks):
         for part, labels in zip(torch.split(x, size), torch.split(y, size), strict=True):
-            before, began = engine.cohort.updates, time.process_time()
+            before, began = engine.guidance.updates, time.process_time()
             report = engine.step(Batch(part, labels))
             seconds += time.process_time() - began
             records += len(part)
@@ -240,7 +240,7 @@ def go(
             progress(records)
         accuracies[number, : number + 1] = [accuracy(engine, *task) for task in test.tasks[: number + 1]]
     sizes = np.array([len(y) for _, y in test.tasks])
-    return Pass(accuracies, sizes, records, engine.cohort.updates, lessons, seconds)
+    return Pass(accuracies, sizes, records, engine.guidance.updates, lessons, seconds)
 
 
 def accuracy(engine: Engine, x: torch.Tensor, y: torch.Tensor) -> float:
