@@ -27,7 +27,7 @@ from streamkd import (
 from streamkd.batch import Output
 from streamkd.distillation import Distillation
 from streamkd.engine import Engine
-from streamkd.errors import ConfigError
+from streamkd.errors import ConfigError, reason
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Pending
 from streamkd.parts import checked_options, find, imported, make, parameters, public_functions, shown, tried
@@ -247,7 +247,14 @@ def _river_peer(name: str, part: Part, settings: EngineSettings, index: int) -> 
         if option not in parameters(factory):
             hint = did_you_mean(option, parameters(factory), key)
             raise ConfigError(f"{key}.{option}: no such option of {part.kind}{hint}")
-    return RiverPeer(name, lambda: tried(lambda: factory(**options), part, key), settings.max_classes)
+    made = RiverPeer(name, lambda: tried(lambda: factory(**options), part, key), settings.max_classes)
+    try:
+        made.load_state_dict(made.state_dict())
+    except Exception as error:
+        raise ConfigError(
+            f"{key}.kind = {part.kind!r}: cannot be read back from a checkpoint: {reason(error)}; choose another"
+        ) from error
+    return made
 
 
 def _model(part: Part, shape: Sequence[int], classes: int, key: str) -> Callable[[], nn.Module]:

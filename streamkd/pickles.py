@@ -6,6 +6,7 @@ import pickle
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ FAMILIES = frozenset(
         "_river_rust",
         "base",
         "drift",
+        "dummy",
         "ensemble",
         "forest",
         "linear_model",
@@ -31,9 +33,10 @@ FAMILIES = frozenset(
         "utils",
     }
 )
-"""Packages of river whose classes may be loaded: data and rules for them, nothing that acts when it is made."""
+"""Packages of river whose classes and functions may be loaded: data and rules for them, nothing that acts elsewhere."""
 PLAIN = frozenset(
     {
+        ("builtins", "dict"),
         ("builtins", "float"),
         ("builtins", "int"),
         ("builtins", "set"),
@@ -41,6 +44,7 @@ PLAIN = frozenset(
         ("collections", "OrderedDict"),
         ("collections", "defaultdict"),
         ("collections", "deque"),
+        ("copy", "deepcopy"),
         ("functools", "partial"),
         ("random", "Random"),
         ("numpy", "dtype"),
@@ -106,14 +110,13 @@ class AllowListUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return the class, if it may be loaded."""
         if (module, name) == ("builtins", "getattr"):
-            return _page_hinkley_test
-        package, _, inner = module.partition(".")
-        ours = package == "river" and inner.partition(".")[0] in FAMILIES
-        if not ours and (module, name) not in PLAIN:
+            return _method
+        if not _ours(module) and (module, name) not in PLAIN:
             raise pickle.UnpicklingError(f"{module}.{name} is not a part of river's objects")
         found = super().find_class(module, name)
-        if ours and not (isinstance(found, type) and found.__module__ == module):
-            raise pickle.UnpicklingError(f"{module}.{name} is not a class of river's")
+        kind = type | FunctionType | BuiltinFunctionType
+        if _ours(module) and not (isinstance(found, kind) and _ours(found.__module__ or "")):
+            raise pickle.UnpicklingError(f"{module}.{name} is not a class or function of river's")
         return found
 
 
@@ -122,8 +125,15 @@ def _rivers(module: str) -> Any:
     return import_module(f"river.{module}")
 
 
-def _page_hinkley_test(owner: object, name: str) -> Any:
-    """Stand in for `getattr`, by which PageHinkley pickles its choice of test, and for that one use only."""
-    if not isinstance(owner, _rivers("drift").PageHinkley) or not name.startswith("_test_"):
-        raise pickle.UnpicklingError(f"{name} of {type(owner).__name__} is not a part of river's objects")
+def _ours(module: str) -> bool:
+    """Whether a module is of the families."""
+    package, _, inner = module.partition(".")
+    return package == "river" and inner.partition(".")[0] in FAMILIES
+
+
+def _method(owner: object, name: str) -> Any:
+    """Stand in for `getattr`, by which bound methods are pickled: of river's objects, and of its classes, alone."""
+    known = owner if isinstance(owner, type) else type(owner)
+    if not _ours(known.__module__) or name.startswith("__") or not callable(getattr(known, name, None)):
+        raise pickle.UnpicklingError(f"{name} of {known.__name__} is not a part of river's objects")
     return getattr(owner, name)

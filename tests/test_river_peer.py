@@ -123,8 +123,8 @@ def test_a_teacher_that_is_frozen_learns_nothing_more() -> None:
     [
         ("river.stream.iter_csv iter_csv", "is not a part of river's objects"),
         ("river.datasets.elec2 Elec2", "is not a part of river's objects"),
-        ("river.utils.random poisson", "is not a class of river's"),
-        ("river.utils.random math", "is not a class of river's"),
+        ("river.utils.random math", "is not a class or function of river's"),
+        ("river.stats.mode cast", "is not a class or function of river's"),
         ("builtins eval", "is not a part of river's objects"),
     ],
 )
@@ -143,6 +143,38 @@ def test_the_same_state_has_one_pickle_whatever_its_past() -> None:
         for one in (model, again):
             one.learn_one(dict(enumerate(row)), int(row[0] > 0))
     assert checkpoint.digest(pickles.dump(model)) == checkpoint.digest(pickles.dump(again))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dummy.PriorClassifier",
+        "forest.AMFClassifier",
+        "linear_model.PAClassifier",
+        "linear_model.SoftmaxRegression",
+        "naive_bayes.GaussianNB",
+        "neighbors.KNNClassifier",
+        "tree.HoeffdingAdaptiveTreeClassifier",
+        "tree.SGTClassifier",
+    ],
+)
+def test_a_classifier_read_back_answers_and_learns_on_as_it_was(kind: str) -> None:
+    (peer, *_) = build_engine(settings({"kind": f"river:{kind}"}), (3,)).cohort.peers
+    assert isinstance(peer, RiverPeer)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 3, generator=generator)
+    y = (x[:, 0] > 0).long()
+    peer.absorb(x[:200], y[:200])
+    again = RiverPeer("again", lambda: None, 3)
+    again.load_state_dict({"river": stored(peer.state_dict()["river"])})
+    for one in (peer, again):
+        one.absorb(x[200:], y[200:])
+    assert torch.equal(peer.predict(x).logits, again.predict(x).logits)
+
+
+def test_a_classifier_that_cannot_be_saved_is_refused_before_it_learns() -> None:
+    with pytest.raises(ConfigError, match=r"peers\.0\.model\.kind = 'river:facto\.FMClassifier': cannot be read back"):
+        build_engine(settings({"kind": "river:facto.FMClassifier"}), (3,))
 
 
 def settings(model: dict[str, Any]) -> EngineSettings:
