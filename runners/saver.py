@@ -291,6 +291,7 @@ def lasting(configuration: Configuration, engine: Engine) -> dict[str, Any]:
 
 def state_bearing(configuration: Configuration) -> dict[str, str]:
     """Return the settings that a checkpoint's state depends on; all others may change between two runs."""
+    served = configuration.served
     return {
         "feed.kind": configuration.feed.kind if configuration.feed else "",
         "labels.delay": "some" if configuration.labels.delay else "none",
@@ -299,6 +300,10 @@ def state_bearing(configuration: Configuration) -> dict[str, str]:
         "replay.capacity": str(configuration.replay.capacity),
         "distillation.capacity": configuration.distillation.capacity.kind,
         "drift.detector": str(configuration.drift.detector.model_dump()),
+        "peers": ", ".join(peer.name for peer in configuration.peers),  # their order is who has which role and weight
+        "served.pool": str(served.pool),
+        "served.label_memories": str(list(served.label_memories)),
+        "served.answer_memories": str(list(served.answer_memories)),
         **{f"peers.{peer.name}.optimizer.kind": peer.optimizer.kind for peer in configuration.peers},
     }
 

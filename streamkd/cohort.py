@@ -302,7 +302,13 @@ class Cohort:
         return {"peers": {peer.name: peer.state_dict() for peer in self.peers}, **self.guidance.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
+        """Go on from what `state_dict` returned.
+
+        Raises:
+            ValueError: it is of other peers, or has them in another order, by which roles and weights go.
+        """
+        if list(state["peers"]) != self.names:
+            raise ValueError(f"this is of the peers {', '.join(state['peers'])}, and not of {', '.join(self.names)}")
         for peer in self.peers:
             peer.load_state_dict(state["peers"][peer.name])
         self.guidance.load_state_dict(state)

@@ -377,13 +377,35 @@ def test_settings_that_the_state_depends_on_are_refused_and_others_may_change(
 ) -> None:
     table(Path("d.csv"))
     assert run_once(monkeypatch) == 0
-    for change in ("replay.capacity=50", "drift.detector.kind=never", "peers.0.optimizer.kind=adamw", "max_classes=7"):
+    for change in (
+        "replay.capacity=50",
+        "drift.detector.kind=never",
+        "peers.0.optimizer.kind=adamw",
+        "max_classes=7",
+        "served.pool=False",
+        "served.label_memories=[0.5]",
+        "served.answer_memories=[]",
+    ):
         capsys.readouterr()
         assert run_once(monkeypatch, change) == 4
         message = capsys.readouterr().err
         assert change.rpartition("=")[2] in message
         assert "in the checkpoint" in message
     assert run_once(monkeypatch, "peers.0.optimizer.lr=0.05", "distillation.scheme=mutual") == 0
+
+
+def test_peers_in_another_order_do_not_take_over_one_another_s_roles(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"))
+    for number, order in enumerate(("ab", "ba")):
+        peers = "".join(f"[[peers]]\nname = '{name}'\nmodel = {{ kind = 'mlp', widths = [8] }}\n" for name in order)
+        Path(f"{number}.toml").write_text(
+            f"[feed]\nkind = 'csv'\npath = 'd.csv'\nlabel = 'y'\n[http]\nport = 0\n{peers}", encoding="utf-8"
+        )
+    assert streamkd(monkeypatch, "run", "0.toml") == 0
+    assert streamkd(monkeypatch, "run", "1.toml") == 4
+    assert "peers: a, b in the checkpoint, b, a configured" in capsys.readouterr().err
 
 
 def test_a_model_that_fails_while_it_learns_ends_with_exit_code_5(
