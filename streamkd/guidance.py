@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,14 @@ class Pairs:
     dealt: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the schedules said last, before it was weakened: alphas by (source, student), betas by student."""
+
+    alphas: dict[tuple[int, int], float]
+    betas: dict[int, float]
+
+
 class Guidance:
     """What is measured of the peers, and what the schedules say to it.
 
@@ -54,7 +63,7 @@ class Guidance:
         updates: that were made.
         drift_update: after which of them the world changed last.
         temperatures, softness: a value a peer, as scheduled, and as it is in force: boosted after an alarm.
-        alphas, feature_weights: a value a pair (source, student).
+        alphas, feature_weights: a value a pair (source, student), as they are in force.
         betas: a value a peer, the weight of the labels.
         slopes: a value a peer, of the distillation loss by ln T, for a curriculum.
     """
@@ -74,6 +83,7 @@ class Guidance:
         self.alphas: dict[tuple[int, int], float] = {}
         self.betas = [1.0] * size
         self.feature_weights: dict[tuple[int, int], float] = {}
+        self._said = Said({}, {})
         self.slopes = [0.0] * size
         self._prepared: Pairs | None = None
         self._ends: tuple[tuple[tuple[int, int], ...], Tensor, Tensor, Tensor, Tensor] | None = None
@@ -104,20 +114,23 @@ class Guidance:
         self._prepared = None
         burning_in = self.updates < rule.burn_in
         boost = 1 + (rule.temperature_boost - 1) * self._alertness()
-        alphas, betas, weights = self.alphas, self.betas, self.feature_weights
+        before, weights, self._said = self._said, self.feature_weights, Said({}, {})
         self.alphas, self.betas = {}, [1.0] * len(self)  # who listens to nobody has its labels alone
         self.feature_weights = {}
+        heard: dict[int, list[float]] = {}
         for source, student in self.pairs(teacher):
             if burning_in:
                 self.alphas[source, student] = 0.0
                 continue
             # The served answer is as good as the teacher in office, for want of a measure of its own.
             by = teacher if source == 2 * len(self) else source % len(self)
-            signals = self._signals(student, by, classes, previous=alphas.get((source, student)))
-            alpha = rule.alpha(signals) * min(1.0, rule.widest_gap * signals.capacity / signals.teacher_capacity)
+            signals = self._signals(student, by, classes, previous=before.alphas.get((source, student)))
+            said = self._said.alphas[source, student] = rule.alpha(signals)
+            alpha = said * min(1.0, rule.widest_gap * signals.capacity / signals.teacher_capacity)
             self.alphas[source, student] = alpha
-            signals.alpha, signals.previous = alpha, betas[student]
-            self.betas[student] = rule.beta(signals)
+            heard.setdefault(student, []).append(alpha)
+            signals.alpha, signals.previous = fmean(heard[student]), before.betas.get(student)
+            self.betas[student] = self._said.betas[student] = rule.beta(signals)
             if rule.features is not None:
                 signals.previous = weights.get((source, student))
                 self.feature_weights[source, student] = rule.feature_weight(signals)
@@ -209,6 +222,8 @@ class Guidance:
             "softness": list(self.softness),
             "alphas": [[source, student, alpha] for (source, student), alpha in self.alphas.items()],
             "betas": list(self.betas),
+            "said_alphas": [[*pair, alpha] for pair, alpha in self._said.alphas.items()],
+            "said_betas": [[student, beta] for student, beta in self._said.betas.items()],
             "feature_weights": [[*pair, weight] for pair, weight in self.feature_weights.items()],
             "slopes": list(self.slopes),
             "capacity": {} if self.capacity is None else self.capacity.state_dict(),
@@ -228,3 +243,6 @@ class Guidance:
             self.capacities = list(self.capacity.values)
         self.feature_weights = {(source, student): weight for source, student, weight in state["feature_weights"]}
         self.alphas = {(source, student): alpha for source, student, alpha in state["alphas"]}
+        self._said = Said(
+            {(source, student): alpha for source, student, alpha in state["said_alphas"]}, dict(state["said_betas"])
+        )

@@ -7,14 +7,16 @@ import pytest
 import torch
 from worlds import batches, lively, stored
 
-from streamkd import checkpoint
+from streamkd import Engine, checkpoint
 
 CUT = 71
 RECOMPUTED = {
-    # The schedules set these before every lesson; what they remember comes back to them as `signals.previous`, which
+    # The schedules set these before every lesson; what they said comes back to them as `signals.previous`, which
     # none of those in use here looks at, but for the temperature's.
     "cohort.alphas",
     "cohort.betas",
+    "cohort.said_alphas",
+    "cohort.said_betas",
     "cohort.softness",
     "cohort.feature_weights",
     # Counters that are told and not used.
@@ -72,7 +74,10 @@ def fresh_state() -> dict[str, Any]:
 
 def future(state: dict[str, Any]) -> str:
     """Run on from a state to the end; return the digest of what it comes to."""
-    made = lively()
+    return rest(lively(), state)
+
+
+def rest(made: Engine, state: dict[str, Any]) -> str:
     made.load_state_dict(stored(state))
     for batch in batches(late=True)[CUT:]:
         made.step(batch)
@@ -109,6 +114,13 @@ PARTS = [name for name in parts(cut_state()) if name not in RECOMPUTED]
 
 def test_a_state_restored_whole_has_one_future() -> None:
     assert future(cut_state()) == future(cut_state())
+
+
+def test_an_engine_that_has_been_elsewhere_goes_on_as_a_new_one_does() -> None:
+    used = lively()
+    for batch in batches(late=True)[: CUT + 40]:
+        used.step(batch)
+    assert rest(used, cut_state()) == future(cut_state())
 
 
 @pytest.mark.slow
