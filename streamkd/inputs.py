@@ -10,7 +10,7 @@ from torch import Tensor
 Array = NDArray[np.float64]
 
 SHARE = 0.1
-"""By which one value may lengthen the sum of squares."""
+"""By which one record may lengthen the sum of squares."""
 FEW = 32
 """Records from which nothing is said yet about what is far out."""
 
@@ -41,6 +41,8 @@ class Standardiser:
         if not len(self._mean):
             self._learned(*np.zeros((3, x.shape[1])))
         count, mean, square = (_of_bytes if x.dtype == torch.uint8 else _of_numbers)(x, *self._believable)
+        places = x[0, 0].numel()  # of an image, each of which counts as that share of a record
+        count, square = count / places, square / places
         total = self._count + count
         share = count / np.maximum(total, 1)
         delta = mean - self._mean
@@ -67,7 +69,7 @@ class Standardiser:
 
     @property
     def count(self) -> Tensor:
-        """`[features]`, how many values were learned, those that were forgotten taken off."""
+        """`[features]`, how many records were learned, those that were forgotten taken off."""
         return torch.from_numpy(self._count)
 
     @property

@@ -132,6 +132,15 @@ def test_images_have_one_scale_a_channel() -> None:
     assert torch.allclose(spread * x[:, 1].std(correction=0), raw, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", [1, 4, 9])
+def test_images_are_forgotten_by_the_record_whatever_their_size(size: int) -> None:
+    inputs = taught(drawn(500, 1, size, size), [20] * 25, horizon=100)
+    before = float(inputs.mean)
+    assert float(inputs.count) == pytest.approx(100)
+    inputs.update(torch.full((20, 1, size, size), 3.0))
+    assert float(inputs.mean) == pytest.approx(3 + (before - 3) * 100 / 120)
+
+
 def test_before_the_first_record_inputs_pass_as_they_are() -> None:
     inputs = Standardiser()
     inputs.update(torch.zeros(0, 3))
