@@ -140,9 +140,9 @@ class Engine:
         learned: list[Learned] = []
         faulty: list[int] = []
         stride = self.recall.stride
-        parts = zip_longest(answers.split(stride), untold.split(stride) if untold else ())
-        for first, (known, taught) in enumerate(parts):
-            part = known or answers.rows(slice(0))
+        parts = answers.split(stride)
+        shares = untold.split(-(-len(untold) // len(parts))) if untold else []
+        for first, (part, taught) in enumerate(zip_longest(parts, shares)):
             drawn = self._recall(part)
             self._note("recall")
             if len(part):
@@ -204,7 +204,7 @@ class Engine:
         self._seen = self.seen[: self._width].to(self.device)
 
     def _predict(self, batch: Batch) -> Answers:
-        x, y = batch.x.detach().cpu(), batch.y.to("cpu", torch.int64)
+        x, y = batch.x.detach().cpu(), batch.y.to("cpu", torch.int64, copy=True)  # reports keep the labels
         self._check(y, batch.late.values())
         said = Answers(x, y, *self._answer(x.to(self.device, non_blocking=True)))
         self.inputs.update(x)

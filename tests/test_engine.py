@@ -284,6 +284,27 @@ def test_a_record_that_waits_for_its_label_is_not_taught() -> None:
     assert made.step(hidden(stream[16], slice(1, None))).taught == 15
 
 
+@pytest.mark.parametrize("known", [3, 20])
+def test_of_a_large_batch_every_record_without_a_label_is_learned_from(known: int) -> None:
+    made, (large,) = engine(recall=Recall(stride=8)), batches(64, size=64)
+    for batch in batches(480)[:15]:
+        made.step(batch)
+    report = made.step(hidden(large, slice(known, None)))
+    assert report.taught == 64 - known
+    parts = -(-known // 8)
+    lessons = [int((one.y == UNLABELLED).sum()) for one in report.learned]
+    assert len(lessons) == 2 * parts
+    assert sum(lessons) == 2 * report.taught  # each in both updates of its part
+
+
+def test_a_report_keeps_the_labels_of_a_buffer_that_is_used_again() -> None:
+    made, batch = engine(), batches(160)[0]
+    report = made.step(batch)
+    before = dict(report.scored.correct)
+    batch.y.copy_((batch.y + 1) % CLASSES)
+    assert report.scored.correct == before
+
+
 def test_no_step_is_taken_where_no_label_came() -> None:
     made, stream = engine(), batches(480)
     for batch in stream[:15]:
