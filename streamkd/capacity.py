@@ -5,6 +5,7 @@ say of the records they learn, and needs `Tapped` models, whose features are ave
 ever used, so that units do not matter.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
@@ -89,13 +90,16 @@ class Tally:
     second: Tensor
 
     def update(self, errors: Tensor, h: Tensor, horizon: float) -> None:
-        """Take in squared errors `[n]` and features `[n, d]`."""
+        """Take in squared errors `[n]` and features `[n, d]`; nothing, where what is made of them is not finite."""
+        fisher, second = float((errors * (h.square().sum(1) + 1)).mean()), h.T @ h / len(h)
+        if not (math.isfinite(fisher) and bool(second.isfinite().all())):
+            return
         past = (1 - 1 / horizon) ** len(h)
         self.mass = past * self.mass + (1 - past)
         share = (1 - past) / self.mass
-        self.fisher += share * (float((errors * (h.square().sum(1) + 1)).mean()) - self.fisher)
+        self.fisher += share * (fisher - self.fisher)
         self.mean = self.mean.to(h).lerp(h.mean(0), share)
-        self.second = self.second.to(h).lerp(h.T @ h / len(h), share)
+        self.second = self.second.to(h).lerp(second, share)
 
     def spectrum(self) -> Tensor:
         """Return the shares of the variance along the principal components, the largest first; none without any."""
@@ -139,8 +143,7 @@ class Estimated:
             if peer not in self._tallies:
                 width = h.shape[1]
                 self._tallies[peer] = Tally(0.0, 0.0, h.new_zeros(width), h.new_zeros(width, width))
-            if bool(h.isfinite().all()) and bool(errors[peer].isfinite().all()):
-                self._tallies[peer].update(errors[peer], h, self._horizon)
+            self._tallies[peer].update(errors[peer], h, self._horizon)
         if self._updates % REFRESH == 0:
             measured = [peer for peer, tally in self._tallies.items() if tally.mass]
             for peer, value in zip(measured, self._measure([self._tallies[i] for i in measured]), strict=True):

@@ -116,9 +116,10 @@ def digest(state: Any) -> str:
     total = hashlib.sha256()
     for path, value in _leaves(state, ""):
         if isinstance(value, torch.Tensor):
-            content = value.detach().cpu().contiguous()
-            kind = f"{content.dtype}{list(content.shape)}"
-            total.update(f"{path}:{kind}:".encode() + content.reshape(-1).view(torch.uint8).numpy().tobytes())
+            content = value.detach().cpu().contiguous().reshape(-1)
+            total.update(f"{path}:{value.dtype}{list(value.shape)}:".encode())
+            if len(content):  # bytes of nothing cannot be viewed
+                total.update(content.view(torch.uint8).numpy().tobytes())
         else:
             total.update(f"{path}:{type(value).__name__}:{value!r};".encode())
     return total.hexdigest()

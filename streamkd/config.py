@@ -220,10 +220,13 @@ def _peers(settings: EngineSettings, shape: Sequence[int], *, tapped: bool) -> I
         if peer.name not in builds:
             yield _river_peer(peer.name, peer.model, settings, index)
             continue
+        optimizer = _optimizer(peer.optimizer, f"{key}.optimizer", fused=":" not in peer.model.kind and not tapped)
+        if ":" not in peer.optimizer.kind:
+            tried(partial(_step_once, optimizer), peer.optimizer, f"{key}.optimizer")
         made = Peer(
             peer.name,
             builds[peer.name],
-            _optimizer(peer.optimizer, f"{key}.optimizer", fused=":" not in peer.model.kind),
+            optimizer,
             horizon=peer.ema_horizon,
             clip=peer.clip,
             seed=settings.seed * 1_000 + index,
@@ -291,6 +294,13 @@ def _check_output(peer: Peer, shape: Sequence[int], classes: int, part: Part, ke
                 )
 
 
+def _step_once(make_optimizer: MakeOptimizer) -> None:
+    """Find out whether an optimizer steps along a dense gradient, and asks for nothing else."""
+    weight = nn.Parameter(torch.zeros(1, 1))
+    weight.grad = torch.zeros(1, 1)
+    make_optimizer([weight]).step()
+
+
 def _logits(answer: Callable[[torch.Tensor], Output], x: torch.Tensor) -> Any:
     return answer(x).logits
 
@@ -303,7 +313,8 @@ def _optimizer(part: Part, key: str, *, fused: bool) -> MakeOptimizer:
         key: of the table, for the message.
         fused: take one kernel for all weights, which torch has for some optimizers, unless something else is asked for.
             By itself torch would not, on the CPU. Such a kernel goes by the memory of dense weights, whatever a model
-            of the user's own may have.
+            of the user's own may have, and by all of them having a gradient from the first step on, which adapters of
+            features do not.
     """
     named = {name.lower(): value for name, value in vars(torch.optim).items() if inspect.isclass(value)}
     options = part.options

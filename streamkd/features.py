@@ -38,7 +38,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, power: Power = 2.0) 
     """||Q_S / ||Q_S|| - Q_T / ||Q_T||||^2, Q = sum over channels of |A|^p at each position (Zagoruyko, Komodakis 2017).
 
     Where a network looks, and not what it sees there: widths may differ, and no adapter is needed. Of two maps the
-    larger one is averaged down to the other's height and width. Weighed 1,000 and more as published.
+    larger one is averaged down to the other's height and width. The published weight of 1,000 and more is for the mean
+    over positions; this is their sum.
 
     Args:
         student: features with positions.

@@ -88,6 +88,8 @@ class Pending:
 
     def _wait(self, batch: Batch, said: Answers, known: Tensor) -> None:
         for row in (~known).nonzero()[:, 0].tolist():
+            if self._waiting.pop(batch.ids[row], None) is not None:  # of two records of one id the later waits
+                self.expired += 1
             self._waiting[batch.ids[row]] = said.rows(torch.tensor([row]))
         while len(self._waiting) > self.capacity:
             self._waiting.popitem(last=False)

@@ -71,7 +71,7 @@ def separate_temperatures(
     student_factor: Factor = 1.0,
     teacher_factor: Factor = 1.0,
 ) -> Tensor:
-    """T_S * T_T * KL(softmax(teacher / T_T) || softmax(student / T_S)): a temperature for each side (Jin et al. 2024).
+    """T_S * T_T * KL(softmax(teacher / T_T) || softmax(student / T_S)): a temperature for each side (Wei and Bai 2024).
 
     Args:
         student: as for every loss.
@@ -88,7 +88,7 @@ def separate_temperatures(
 
 
 def sharpness(student: Output, teacher: Output, y: Tensor, temperature: Tensor) -> Tensor:
-    """T_S * T_T * KL, with the temperatures of each record after how sharp both answers are (Jin et al. 2024).
+    """T_S * T_T * KL, with the temperatures of each record after how sharp both answers are (Wei and Bai 2024).
 
     T_S = 2 T s / (s + t) and T_T = 2 T t / (s + t), with s and t the largest logits of student and teacher on the
     record: what is softened to the same sharpness is compared in its shape. The published ratio breaks down where the

@@ -98,15 +98,19 @@ class ReplayBuffer:
         self.evict = evict or ring
         self.cap = cap
         self.generator = torch.Generator().manual_seed(seed)
+        self._empty()
+
+    def _empty(self) -> None:
+        """Remember nothing."""
         self.size = 0
         self.added = 0
         self.since_drift = 0
         self.ceiling = 0.0
         # Arrays, for on so few numbers numpy is the quicker one.
-        self._priorities = np.zeros(capacity, np.float32)
-        self._mass = Totals(capacity)  # priority ** alpha, in proportion to which records are drawn
-        self._peaks = Totals(capacity, np.maximum)  # priorities
-        self._births, self._y = np.zeros((2, capacity), np.int64)
+        self._priorities = np.zeros(self.capacity, np.float32)
+        self._mass = Totals(self.capacity)  # priority ** alpha, in proportion to which records are drawn
+        self._peaks = Totals(self.capacity, np.maximum)  # priorities
+        self._births, self._y = np.zeros((2, self.capacity), np.int64)
         self._x: Tensor | None = None
 
     def __len__(self) -> int:
@@ -259,6 +263,7 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
+        self._empty()
         self.size = len(state["y"])
         if state["x"] is not None:
             self._x = state["x"].new_zeros(self.capacity, *state["x"].shape[1:])

@@ -100,13 +100,15 @@ def test_the_score_of_an_average_peer_is_the_sum_of_the_weights() -> None:
 def test_what_is_not_known_or_not_finite_is_passed_over(make: partial[Capacity]) -> None:
     measure, features = make(), drawn(20, 4, seed=1)
     expected = told(make(), features, features)
-    broken = features.clone()
+    broken, far = features.clone(), features.clone()
     broken[3] = torch.nan
+    far[3] = 1e200  # finite, but not its square
     assert told(measure, features, features) == expected
     half = torch.full((2, 20, 2), 0.5, dtype=torch.float64)
     for _ in range(2 * REFRESH):
         measure.update(half, torch.full((20,), UNLABELLED), [features, features])
         measure.update(half, torch.zeros(20, dtype=torch.int64), [broken, None])
+        measure.update(half, torch.zeros(20, dtype=torch.int64), [None, far])
     assert measure.values == expected
 
 

@@ -175,6 +175,11 @@ def test_what_is_staged_is_not_reached_by_later_steps() -> None:
     assert copy["pair"] == (1, 2)
 
 
+def test_a_memory_that_holds_nothing_has_a_digest() -> None:
+    empty = {"x": torch.zeros(2000, 5)[:0, ::2]}
+    assert checkpoint.digest(empty) != checkpoint.digest({"x": torch.zeros(0)})
+
+
 def test_a_digest_tells_any_difference_and_no_order() -> None:
     one = {"a": torch.arange(4.0), "b": [1, 2.0, None], "c": {"x": "1", "y": True}}
     same = {"c": {"y": True, "x": "1"}, "b": [1, 2.0, None], "a": torch.arange(4.0)}

@@ -192,6 +192,22 @@ def stepped(cohort: Cohort, what: Lesson) -> list[list[Tensor]]:
     ]
 
 
+@pytest.mark.parametrize("optimizer", ["kind='sgd', lr=0.05, momentum=0.9", "kind='adam'"])
+def test_adapters_that_have_no_gradient_at_first_are_stepped_once_they_have(optimizer: str) -> None:
+    peers = [f"peers.{index}.optimizer={{{optimizer}}}" for index in range(3)]
+    features = "distillation.features={kind='hint', adapter='linear'}"
+    made = build_engine(
+        load("default", [*peers, features, "distillation.burn_in=4", "peers.0.model.widths=[16]"]), (5,)
+    )
+    before = stored(made.cohort.state_dict()["peers"])
+    x = torch.randn(160, 5, generator=torch.Generator().manual_seed(0))
+    for rows in torch.split(x, 16):
+        made.step(Batch(rows, (rows[:, 0] > 0).long()))
+    after = made.cohort.state_dict()["peers"]
+    adapted = [(name, key) for name, peer in before.items() for key in peer["module"] if "adapters" in key]
+    assert any(not torch.equal(before[name]["module"][key], after[name]["module"][key]) for name, key in adapted)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.7])
 def test_a_student_steps_along_its_labels_and_along_its_teachers_features(weight: float) -> None:
     what = lesson()

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,6 +89,16 @@ def test_of_too_many_the_oldest_are_given_up_and_counted() -> None:
     assert (len(pending), pending.expired) == (3, 3)
     late = asked(6, 6, late=dict.fromkeys(range(6), 1))
     assert numbers_of(pending.join(late, said_of(late))) == [3, 4, 5]
+
+
+def test_of_two_records_of_one_id_the_later_waits_and_the_other_is_given_up() -> None:
+    pending = Pending(capacity=3)
+    for start in (0, 10):
+        batch = replace(asked(start, start + 2), ids=("a", "b"))
+        pending.join(batch, said_of(batch))
+    assert (len(pending), pending.expired) == (2, 2)
+    late = asked(20, 20, late={"b": 1})
+    assert numbers_of(pending.join(late, said_of(late))) == [11]
 
 
 def test_without_capacity_nothing_waits() -> None:

@@ -208,6 +208,7 @@ def test_a_restored_memory_draws_what_it_would_have_drawn(evict: Evict, before: 
         return [*drawn, buffer.sample(6)]
 
     buffer, restored = ReplayBuffer(15, evict=evict, seed=8), ReplayBuffer(15, evict=evict, seed=9)
+    restored.add(*records(100, 118))  # it has a past of its own, of which nothing is left
     buffer.add(*records(0, 20))
     buffer.forget_schedule()
     go_on(buffer, before)

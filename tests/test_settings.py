@@ -108,6 +108,8 @@ def test_a_wrong_setting_is_refused_with_its_key_its_value_and_the_remedy(overri
         ("peers.1.optimizer.kind=sdg", ["peers.1.optimizer.kind = 'sdg'", "did you mean sgd?"]),
         ("peers.1.optimizer.rate=1", ["peers.1.optimizer.rate"]),
         ("peers.1.optimizer.lr=-1", ["peers.1.optimizer", "-1"]),
+        ("peers.1.optimizer={kind='lbfgs'}", ["peers.1.optimizer", "lbfgs", "closure"]),
+        ("peers.1.optimizer={kind='sparseadam'}", ["peers.1.optimizer", "sparseadam", "dense"]),
         ("peers.1.name=quick", ["peers.0.name = 'quick'", "taken"]),
         ("distillation.alpha.kind=competense", ["distillation.alpha.kind", "did you mean competence?"]),
         ("distillation.alpha.steep=3", ["distillation.alpha.steep", "steepness"]),
