@@ -299,7 +299,7 @@ def write(directory: Path, distilled: Distilled, history: History) -> Path:
     engine, plan = distilled.engine, distilled.plan
     learned = engine.state_dict()
     memories = learned.pop("replay")
-    state = checkpoint.stage({"tensors": {"engine": learned, "position": {}}, "memories": memories})
+    state = {"tensors": {"engine": learned, "position": {}}, "memories": memories}
     last = {row.peer: row for row in distilled.rows if not row.alone}
     about = saver.describe(engine, {}, history.known) | saver.lasting(distilled.configuration, engine)
     about |= {

@@ -21,9 +21,11 @@ from runners.history import known
 from runners.session import Session
 from runners.settings import Configuration
 from streamkd import checkpoint
+from streamkd.checkpoint import copied
 from streamkd.engine import Engine
 from streamkd.errors import CheckpointError, ConfigError, DamagedError, one_screen, reason, short
 from streamkd.report import unsound
+from streamkd.settings import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +184,7 @@ class Saver:
             return
         learned = engine.state_dict()
         memories = learned.pop("replay")
-        state = checkpoint.stage(
-            {"tensors": {"engine": learned, "position": dict(self.position)}, "memories": memories}
-        )
+        state = {"tensors": {"engine": learned, "position": copied(self.position)}, "memories": memories}
         about = describe(engine, self.position, known(self._session.feed)) | self._lasting
         self._writing = self._thread.submit(self._write, engine.steps, state, about)
         self._metrics.observe_stage(time.perf_counter() - began)
@@ -304,8 +304,15 @@ def state_bearing(configuration: Configuration) -> dict[str, str]:
         "served.pool": str(served.pool),
         "served.label_memories": str(list(served.label_memories)),
         "served.answer_memories": str(list(served.answer_memories)),
-        **{f"peers.{peer.name}.optimizer.kind": peer.optimizer.kind for peer in configuration.peers},
+        **{f"peers.{peer.name}.optimizer": _gathers(peer.optimizer) for peer in configuration.peers},
     }
+
+
+def _gathers(optimizer: Part) -> str:
+    """Return what an optimizer's state depends on: its kind, and options that make it gather more."""
+    kind = optimizer.kind if ":" in optimizer.kind else optimizer.kind.lower()
+    more = {"amsgrad", "centered", *(["momentum"] if kind == "rmsprop" else [])}
+    return " with ".join([kind, *sorted(name for name in more if optimizer.options.get(name))])
 
 
 def check_same(about: Mapping[str, Any], position: Mapping[str, Any], running: Session, path: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 UNLABELLED = -100
@@ -13,6 +14,8 @@ UNLABELLED = -100
 @dataclass(frozen=True, eq=False, slots=True)
 class Batch:
     """Records in the order they arrived, and labels that arrived for earlier ones.
+
+    Arrays are taken for tensors.
 
     Attributes:
         x: `[n, ...]`, float; NaN marks a missing value. Images may be bytes (uint8) `[n, channels, h, w]`, and are kept
@@ -35,6 +38,13 @@ class Batch:
     times: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("x", "y"):
+            if not isinstance(given := getattr(self, name), Tensor):
+                object.__setattr__(self, name, torch.as_tensor(given))
+        if self.y.dim() != 1 or self.y.is_floating_point():
+            raise ValueError(
+                f"labels of {self.y.dtype} and shape {list(self.y.shape)}: give class indices, [{len(self.x)}] integers"
+            )
         if {len(self.y), len(self.ids or self.x), len(self.times or self.x)} != {len(self.x)}:
             raise ValueError(
                 f"a batch of {len(self.x)} records has {len(self.y)} labels, {len(self.ids)} ids and "

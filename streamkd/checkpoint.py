@@ -23,7 +23,7 @@ from streamkd.errors import CheckpointError, DamagedError
 PARTS = ("tensors", "memories")
 ABOUT = "state.json"
 MANIFEST = "MANIFEST.json"
-FORMAT = 4
+FORMAT = 5
 _NAME = re.compile(r"step-\d{12}")
 
 
@@ -179,14 +179,14 @@ def prune(directory: Path, keep: int, *, best: bool = False, refused: Collection
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def stage(state: Any) -> Any:
-    """Return a copy of a nested state that later steps do not reach, so that it can be written on a thread."""
+def copied(state: Any) -> Any:
+    """Return a copy of a nested state, on the CPU, that later steps do not reach."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, Mapping):
-        return {key: stage(value) for key, value in state.items()}
+        return {key: copied(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(stage(value) for value in state)
+        return type(state)(copied(value) for value in state)
     return state
 
 

@@ -61,6 +61,8 @@ class Cohort:
         self.peers = list(peers)
         if len({peer.name for peer in self.peers}) < len(self.peers):
             raise ValueError(f"peers need names of their own; these are {[peer.name for peer in self.peers]}")
+        if SERVED in {peer.name for peer in self.peers}:
+            raise ValueError(f"{SERVED!r} is the answer of all; give that peer another name")
         self.distillation = distillation or Distillation()
         self.names = [peer.name for peer in self.peers]
         self.source_names = [*self.names, *self.names, SERVED]  # by the indices in `pairs`

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from streamkd import stream_classes
+from streamkd import schemes, stream_classes
 from streamkd.features import FeatureLoss
 from streamkd.losses import Loss, kd
+from streamkd.parts import public_functions
 from streamkd.schedules import Schedule, competence, constant, loss_driven
 from streamkd.views import View
+
+GATES = ("better", "soft", "open")
+SCHEMES = tuple(public_functions(schemes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,11 @@ class Distillation:
     rate_boost: float = 1.0
     effort_boost: float = 3.0
     boost_half_life: int = 64
+
+    def __post_init__(self) -> None:
+        for name, known in (("scheme", SCHEMES), ("gate", GATES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: there is no such one; use {', '.join(known)}")
 
     @property
     def by_peers(self) -> bool:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from streamkd import chance
 from streamkd.batch import UNLABELLED, Batch, labelled
 from streamkd.capacity import Capacity
+from streamkd.checkpoint import copied
 from streamkd.cohort import Cohort
 from streamkd.distillation import Distillation
 from streamkd.drift import DriftWatch, adwin
@@ -46,7 +47,7 @@ from streamkd.transfer import TransferEfficiency, efficiencies
 
 
 class Engine:
-    """Predicts every batch before it learns it.
+    """Predicts every batch before it learns it. It is one thread's at a time, to predict with as well.
 
     Args:
         peers: two or more, of one output width; one alone has nobody to learn from.
@@ -438,8 +439,8 @@ class Engine:
         return Later(names, work_out)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all state that determines the future, as plain values and tensors."""
-        return {
+        """Return all state that determines the future, as plain values and tensors: a copy, which later steps leave."""
+        state = {
             "cohort": self.cohort.state_dict(),
             "replay": self.replay.state_dict(),
             "drift": self.drift.detector.state_dict(),
@@ -456,6 +457,7 @@ class Engine:
             "accuracy": self.accuracy,
             "chance": chance.state(),
         }
+        return {name: copied(part) for name, part in state.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""

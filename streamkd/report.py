@@ -164,6 +164,10 @@ class Later(Mapping[str, PeerReport]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def __reduce__(self) -> tuple[type[dict[str, PeerReport]], tuple[dict[str, PeerReport]]]:
+        """Go into a pickle as what was worked out."""
+        return dict, (self._reports,)
+
 
 @dataclass(frozen=True, slots=True)
 class DriftReport:

@@ -165,9 +165,9 @@ def test_folders_of_other_names_are_neither_found_nor_pruned(tmp_path: Path) -> 
     assert theirs.exists()
 
 
-def test_what_is_staged_is_not_reached_by_later_steps() -> None:
+def test_what_is_copied_is_not_reached_by_later_steps() -> None:
     live = {"weights": torch.zeros(3), "list": [torch.zeros(2)], "pair": (1, 2)}
-    copy = checkpoint.stage(live)
+    copy = checkpoint.copied(live)
     before = checkpoint.digest(copy)
     live["weights"] += 1  # type: ignore[operator]
     live["list"][0] += 1  # type: ignore[index]

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from worlds import CLASSES, batches, stored
 
 from runners.settings import load
-from streamkd import UNLABELLED, Batch, Engine, checkpoint, config
+from streamkd import UNLABELLED, Batch, Engine, config
 from streamkd.config import build_engine
 
 FEATURES = (5,)
@@ -114,7 +114,7 @@ def test_what_was_saved_on_a_gpu_goes_on_on_the_cpu(settings: Sequence[str], mon
     with Elsewhere():
         unbroken = engine(settings, FEATURES, GPU, monkeypatch)
         told(unbroken, stream[:8])
-        saved = stored(checkpoint.stage(unbroken.state_dict()))
+        saved = stored(unbroken.state_dict())
         there = told(unbroken, stream[8:])
     resumed = engine(settings, FEATURES, torch.device("cpu"), monkeypatch)
     resumed.load_state_dict(saved)
@@ -138,9 +138,9 @@ def test_what_waits_and_what_is_remembered_takes_no_room_on_a_gpu(monkeypatch: p
     with Elsewhere():
         made = engine([], FEATURES, GPU, monkeypatch)
         told(made, records())
-        state = made.state_dict()
-        kept = tree_leaves((state["replay"], state["pending"]))
+        waiting = made.pending.state_dict()
+        kept = tree_leaves((made.replay.state_dict(), waiting))
         assert not any(isinstance(leaf, Remote) for leaf in kept)
-        assert sum(isinstance(leaf, Tensor) for leaf in kept) > len(state["pending"]["answers"]) > 0
-        models = [tree_leaves(peer["module"]) for peer in state["cohort"]["peers"].values()]
+        assert sum(isinstance(leaf, Tensor) for leaf in kept) > len(waiting["answers"]) > 0
+        models = [tree_leaves(peer["module"]) for peer in made.cohort.state_dict()["peers"].values()]
         assert all(isinstance(leaf, Remote) for leaf in chain.from_iterable(models))

@@ -1,3 +1,4 @@
+import pickle
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -295,6 +296,57 @@ def test_of_a_large_batch_every_record_without_a_label_is_learned_from(known: in
     lessons = [int((one.y == UNLABELLED).sum()) for one in report.learned]
     assert len(lessons) == 2 * parts
     assert sum(lessons) == 2 * report.taught  # each in both updates of its part
+
+
+def test_going_back_to_a_state_of_the_same_process_is_going_back_in_all_of_it() -> None:
+    made, stream = lively(), batches(1600)
+    for batch in stream[:40]:
+        made.step(batch)
+    state, asked = made.state_dict(), stream[40].x
+    said, digest = made.predict(asked), checkpoint.digest(state)
+    for batch in stream[40:60]:
+        made.step(replace(batch, y=(batch.y + 1) % CLASSES))
+    assert not torch.equal(made.predict(asked), said)
+    made.load_state_dict(state)
+    assert torch.equal(made.predict(asked), said)
+    assert checkpoint.digest(state) == digest
+
+
+def test_arrays_are_learned_as_tensors_are() -> None:
+    states = []
+    for given in (lambda tensor: tensor, lambda tensor: tensor.numpy()):
+        torch.manual_seed(0)
+        made = engine()
+        for batch in batches(160):
+            made.step(Batch(given(batch.x), given(batch.y)))
+        states.append(checkpoint.digest(made.state_dict()))
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("y", [torch.zeros(4, 1, dtype=torch.int64), torch.full((4,), 0.9)])
+def test_labels_that_are_no_class_indices_are_refused(y: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"give class indices, \[4\] integers"):
+        Batch(torch.zeros(4, 2), y)
+
+
+def test_a_report_goes_through_a_pickle() -> None:
+    report = engine().step(batches(160)[0])
+    again = pickle.loads(pickle.dumps(report))  # noqa: S301 - our own
+    assert again.peers == dict(report.peers)
+    assert torch.equal(again.served, report.served)
+
+
+@pytest.mark.parametrize("wrong", [{"gate": "shut"}, {"scheme": "mutul"}])
+def test_what_no_lesson_goes_by_is_refused_at_once(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="there is no such one; use"):
+        Distillation(**wrong)
+
+
+def test_the_state_of_other_peers_is_refused() -> None:
+    made, state = engine(), engine().state_dict()
+    state["cohort"]["peers"].pop("b")
+    with pytest.raises(ValueError, match="this is of the peers a, c, and not of a, b, c"):
+        made.load_state_dict(state)
 
 
 def test_a_report_keeps_the_labels_of_a_buffer_that_is_used_again() -> None:
