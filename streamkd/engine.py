@@ -128,7 +128,7 @@ class Engine:
         self._lap = self.clock()
         said = self._predict(batch)
         self._note("predict")
-        answers = self.pending.join(batch, said)
+        answers = self.pending.join(batch, said, self._width)
         scored = self._score(answers)
         self._note("score")
         drifts, swap = self._adapt(scored)

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from streamkd.batch import UNLABELLED, Batch, labelled
+from streamkd.logits import UNSEEN
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -33,6 +35,14 @@ class Answers:
     def rows(self, rows: Tensor | slice) -> "Answers":
         """Return the chosen rows: `[m]` indices, `[n]` bool, or a slice."""
         return Answers(self.x[rows], self.y[rows], self.log_p[:, rows], self.served[rows])
+
+    def among(self, classes: int) -> "Answers":
+        """Return the same among the first classes: fewer of them, or more, which were ruled out."""
+        more = classes - self.served.shape[1]
+        if not more:
+            return self
+        log_p, served = functional.pad(self.log_p, (0, more), value=UNSEEN), functional.pad(self.served, (0, more))
+        return Answers(self.x, self.y, log_p, served)
 
     def split(self, size: int) -> "list[Answers]":
         """Return the same in parts of at most `size` rows, in order; one at least."""
@@ -62,23 +72,29 @@ class Pending:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def join(self, batch: Batch, said: Answers) -> Answers:
+    def join(self, batch: Batch, said: Answers, classes: int | None = None) -> Answers:
         """Return what can be learned now: earlier records whose labels came, then the batch's own labelled ones.
 
         Records that carry an id and no label are kept until it comes. A label for a record that is not waiting
         (answered before, expired, or never seen) is passed over; a record whose label is told to be unknown for good is
         given up.
+
+        Args:
+            batch: the records, and labels of earlier ones.
+            said: what was answered to the records.
+            classes: how many of the first ones may come, as far as was known: of the others nothing is kept.
         """
         known = labelled(batch.y)
         complete = said if bool(known.all()) else said.rows(known)
         told = [(name, y) for name, y in batch.late.items() if name in self._waiting]
-        answered = [self._answer(name, y) for name, y in told if y != UNLABELLED]
+        width = said.served.shape[1]
+        answered = [self._answer(name, y).among(width) for name, y in told if y != UNLABELLED]
         self.joined += len(answered)
         for name in [name for name, y in told if y == UNLABELLED]:
             del self._waiting[name]
             self.expired += 1
         if batch.ids and len(complete) < len(said):
-            self._wait(batch, said, known)
+            self._wait(batch, said if classes is None else said.among(classes), known)
         # What is empty is left out, for it may be of another type than the records that wait.
         return _concatenate([*answered, complete] if len(complete) else answered) if answered else complete
 
@@ -97,10 +113,12 @@ class Pending:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the waiting predictions and the counters."""
-        waiting = list(self._waiting.values())
+        classes = [answers.served.shape[1] for answers in self._waiting.values()]
+        waiting = [answers.among(max(classes)) for answers in self._waiting.values()]
         together = _concatenate(waiting) if waiting else None
         return {
             "ids": list(self._waiting),
+            "classes": classes,
             "joined": self.joined,
             "expired": self.expired,
             "answers": together
@@ -112,7 +130,9 @@ class Pending:
         self.joined, self.expired = state["joined"], state["expired"]
         together = Answers(**state["answers"]) if state["answers"] else None
         self._waiting = OrderedDict(
-            (name, together.rows(torch.tensor([row]))) for row, name in enumerate(state["ids"]) if together is not None
+            (name, together.rows(torch.tensor([row])).among(classes))
+            for row, (name, classes) in enumerate(zip(state["ids"], state["classes"], strict=True))
+            if together is not None
         )
 
 

@@ -7,7 +7,9 @@ from torch import Tensor
 from worlds import stored
 
 from streamkd import UNLABELLED, Batch
+from streamkd.checkpoint import digest
 from streamkd.labels import Answers, Pending
+from streamkd.logits import UNSEEN
 
 lawful = settings(max_examples=25, deadline=None)
 
@@ -152,6 +154,27 @@ def test_restored_questions_wait_on_with_their_answers() -> None:
     last = asked(10, 10, late=dict.fromkeys(range(10), 3))
     assert same(pending.join(last, said_of(last)), restored.join(last, said_of(last)))
     assert (len(restored), restored.joined, restored.expired) == (0, pending.joined, pending.expired)
+
+
+def test_what_waits_is_kept_among_the_classes_that_could_come_and_answered_among_all() -> None:
+    pending, restored, plain = Pending(), Pending(), Pending()
+    for start, met in ((0, 2), (3, 3), (6, 4)):
+        batch = asked(start, start + 3)
+        said = said_of(batch, start)
+        said.log_p[..., met:], said.served[..., met:] = UNSEEN, 0.0
+        pending.join(batch, said, met)
+        plain.join(batch, said)
+    sizes = [sum(tensor.numel() for tensor in one.state_dict()["answers"].values()) for one in (pending, plain)]
+    assert sizes[0] == sizes[1]  # for the last of them all classes could come
+    late = asked(9, 9, late=dict.fromkeys((7, 8), 1))
+    assert same(pending.join(late, said_of(late)), plain.join(late, said_of(late)))
+    restored.load_state_dict(stored(pending.state_dict()))
+    late = asked(9, 9, late=dict.fromkeys((6, 3, 1), 1))
+    joined = [one.join(late, said_of(late)) for one in (pending, restored, plain)]
+    assert same(joined[0], joined[2])
+    assert same(joined[1], joined[2])
+    assert digest(pending.state_dict()) == digest(restored.state_dict())
+    assert pending.state_dict()["answers"]["served"].shape == (4, 3)
 
 
 def test_nothing_waiting_is_restored_as_nothing_waiting() -> None:
