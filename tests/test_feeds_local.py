@@ -1,8 +1,10 @@
 """Feeds that need no server: a file that grows, standard input with a spool, Parquet and Arrow, iterables."""
 
 import csv
+import gzip
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -104,6 +106,91 @@ def test_a_file_is_followed_through_its_rotation(kind: str, rotations: int, tmp_
     again.seek(batch.position)
     assert polled(again, 100) == wanted
     again.close()
+
+
+def rotate(path: Path, name: str) -> None:
+    """Give a file another name, and compress it where that is one of gzip's, as gzip does: it keeps the time."""
+    path.rename(plain := path.with_name(name.removesuffix(".gz")))
+    if name.endswith(".gz"):
+        with plain.open("rb") as file, gzip.open(path.with_name(name), "wb") as packed:
+            shutil.copyfileobj(file, packed)
+        shutil.copystat(plain, path.with_name(name))
+        plain.unlink()
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+@pytest.mark.parametrize("name", ["log-2026112{}", "log-2026112{}.gz", "log.2026-11-2{}.gz"])
+def test_a_file_is_followed_whatever_rotation_calls_it(name: str, kind: str, tmp_path: Path) -> None:
+    """Two rotations at once; whether the feed runs meanwhile, or comes back later."""
+    path = tmp_path / "log"
+    append(path, kind, rows(0, 10))
+    (tmp_path / "log.pos").write_text("another program's\n")
+    feed = tail(path, format=kind, refuse=nobody, **COMMON)
+    batch = feed.poll(4)
+    assert batch is not None
+    for rotation in range(2):
+        append(path, kind, rows(10 + 20 * rotation, 20 + 20 * rotation))
+        os.utime(path, (rotation, rotation))
+        rotate(path, name.format(rotation))
+        append(path, kind, rows(20 + 20 * rotation, 30 + 20 * rotation))
+    assert polled(feed, 100) == names(4, 50)
+    assert polled(feed, 100) == []
+    feed.close()
+    again = tail(path, format=kind, refuse=nobody, **COMMON)
+    again.seek(batch.position)
+    batch = again.poll(20)
+    assert batch is not None
+    assert list(batch.ids) == names(4, 24)  # the last of them of the second file
+    again.seek(batch.position)
+    assert polled(again, 100) == names(24, 50)
+    again.close()
+
+
+def test_files_that_came_and_went_unread_are_a_lost_position(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    append(path, "json", rows(0, 10))
+    feed = tail(path, on_position_lost="earliest", refuse=nobody, **COMMON)
+    assert polled(feed) == names(0, 10)
+    for rotation in range(3):
+        os.utime(path, (rotation, rotation))
+        path.rename(tmp_path / f"log-{rotation}")
+        append(path, "json", rows(10 + 10 * rotation, 20 + 10 * rotation))
+    for removed in ("log-0", "log-1"):
+        (tmp_path / removed).unlink()
+    assert polled(feed) == []
+    assert dict(feed.resets) == {"trimmed": 1}
+    assert polled(feed) == names(30, 40)
+    feed.close()
+
+
+@pytest.mark.parametrize("records", [2, 30])
+def test_a_file_that_was_cut_is_a_lost_position_however_much_it_has_grown_since(records: int, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    filler = {"filler": "x" * 1_000}  # so that the first bytes are alike
+    append(path, "json", [filler | row for row in rows(0, 10)])
+    feed = tail(path, on_position_lost="earliest", ignore=("filler",), refuse=nobody, **COMMON)
+    assert polled(feed) == names(0, 10)
+    os.truncate(path, 0)
+    append(path, "json", [filler | row for row in rows(10, 10 + records)])
+    assert polled(feed, 100) == []
+    assert dict(feed.resets) == {"recreated": 1}
+    assert polled(feed, 100) == names(10, 10 + records)
+    feed.close()
+
+
+def test_who_notices_a_rotation_late_loses_nothing(tmp_path: Path) -> None:
+    """Logrotate's `create` makes the new file before it tells whoever writes."""
+    path = tmp_path / "log"
+    append(path, "json", rows(0, 10))
+    feed = tail(path, refuse=nobody, **COMMON)
+    assert polled(feed) == names(0, 10)
+    path.rename(tmp_path / "log.1")
+    path.touch()
+    assert polled(feed) == []
+    append(tmp_path / "log.1", "json", rows(10, 15))
+    append(path, "json", rows(15, 20))
+    assert polled(feed) == names(10, 20)
+    feed.close()
 
 
 def test_a_line_is_not_read_before_it_is_whole(tmp_path: Path) -> None:
