@@ -1,7 +1,5 @@
 """Checkpoints of a running engine: staged between two batches, written on a thread, taken up again at start."""
 
-import fcntl
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +18,7 @@ from runners.dead_letters import can_be_written
 from runners.history import known
 from runners.session import Session
 from runners.settings import Configuration
+from runners.sole import sole
 from streamkd import checkpoint
 from streamkd.checkpoint import copied
 from streamkd.engine import Engine
@@ -75,7 +74,7 @@ class Saver:
         self.position: Mapping[str, Any] = {}
         self._lasting = lasting(running.configuration, running.engine)
         probe(self.settings.directory)
-        self._lock = _sole(self.settings.directory)
+        self._lock = sole(self.settings.directory, key="checkpoint.directory", does="saves")
 
     def restore(self) -> None:
         """Go on from the newest checkpoint that is whole; from the beginning, if there is none at all.
@@ -167,7 +166,7 @@ class Saver:
             self._stage()
             self._collect()
         self._thread.shutdown()
-        os.close(self._lock)
+        self._lock.close()
         if save and engine.steps > self._covered_steps:
             raise CheckpointError(
                 f"checkpoint.directory = {str(self.settings.directory)!r}: the last save failed ({self._failure}); "
@@ -222,27 +221,6 @@ class Saver:
         self._failure = str(error) if isinstance(error, OSError) else reason(error)
         self._metrics.observe_failed_save()
         self._log.error("checkpoint failed", directory=str(self.settings.directory), reason=self._failure)
-
-
-def _sole(directory: Path) -> int:
-    """Keep all other processes off a directory, until the handle that is returned is closed.
-
-    Raises:
-        ConfigError: another one keeps us off, or the directory cannot be made.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(directory / ".lock", os.O_CREAT | os.O_RDWR)
-    except OSError as error:
-        raise ConfigError(f"checkpoint.directory = {short(str(directory))}: {error.strerror}; name another") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise ConfigError(
-            f"checkpoint.directory = {short(str(directory))}: another process saves there; end it, or name another"
-        ) from None
-    return handle
 
 
 def none_whole(directory: Path, damage: Sequence[DamagedError]) -> CheckpointError:

@@ -274,6 +274,19 @@ def test_without_the_token_nothing_is_taken(tmp_path: Path, monkeypatch: pytest.
     feed.close()
 
 
+def test_of_two_on_one_spool_the_second_is_refused_and_what_the_first_takes_stays(tmp_path: Path) -> None:
+    caller = Caller(tmp_path)
+    feed = caller.open(refuse=nobody)
+    with pytest.raises(ConfigError, match=r"feed\.spool = .*: another process takes records in there; end it, or name"):
+        http(port=free_port(), spool=tmp_path / "spool", refuse=nobody, **COMMON)
+    assert post(caller.port, lines(conformance.rows(0, 3)))[0] == 202
+    batch = feed.poll(16)
+    assert batch is not None
+    assert batch.ids == ("r0", "r1", "r2")
+    feed.close()
+    http(port=caller.port, spool=tmp_path / "spool", refuse=nobody, **COMMON).close()
+
+
 def test_a_port_that_is_taken_is_told(tmp_path: Path) -> None:
     port = free_port()
     feed = http(port=port, spool=tmp_path / "one", refuse=nobody, **COMMON)

@@ -179,6 +179,18 @@ def test_a_message_that_a_kill_cut_short_is_the_brokers_to_send_again(tmp_path: 
     feed.close()
 
 
+def test_who_is_kept_off_the_spool_leaves_the_session_alone(tmp_path: Path, broker: Broker) -> None:
+    """As `streamkd check` beside the daemon is."""
+    made = stand(broker, tmp_path, columns=("a", "b"))
+    feed = made.open(refuse=nobody)
+    with pytest.raises(ConfigError, match=r"feed\.spool = .*another process takes records in there"):
+        made.open(refuse=nobody)
+    made.publish(conformance.rows(0, 3))
+    assert names(taken(feed, 3)) == ["r0", "r1", "r2"]
+    assert not feed.failures
+    feed.close()
+
+
 def test_an_address_that_is_none_is_told(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"feed\.url = 'localhost': write it as mqtt://host:port"):
         mqtt(topic="t", spool=tmp_path, url="localhost", refuse=nobody, **COMMON)

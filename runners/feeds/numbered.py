@@ -27,7 +27,7 @@ class NumberedSpool(Spool):
         directory, most_bytes, segment_bytes: as for `Spool`.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be made, or another process has it.
     """
 
     def __init__(self, directory: Path, most_bytes: int = MOST_BYTES, segment_bytes: int = SEGMENT_BYTES) -> None:
@@ -37,6 +37,7 @@ class NumberedSpool(Spool):
         try:
             self._look()
         except (OSError, ValueError) as error:
+            self.close()
             raise ConfigError(f"feed.spool = {str(directory)!r}: {reason(error)}; name another") from None
 
     def _look(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from runners.sole import sole
 from streamkd.errors import ConfigError
 
 MOST_BYTES = 1 << 30
@@ -17,7 +18,7 @@ class Spool:
     """Lines are appended at one end, and taken away at the other, a segment at a time.
 
     Args:
-        directory: for the segments; only one process may have it.
+        directory: for the segments; all other processes are kept off it.
         most_bytes: of all segments, before it is full.
         segment_bytes: of a segment before the next one is begun.
         whole: whether lines are appended whole. Then one that a kill cut short was answered for to nobody, and is taken
@@ -29,7 +30,7 @@ class Spool:
     One thread may append while another reads and prunes.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be made, or another process has it.
     """
 
     def __init__(
@@ -44,8 +45,8 @@ class Spool:
         self._directory, self._most_in_all = directory, most_bytes
         self._most = min(segment_bytes, most_bytes // 4)
         self._lock = Lock()
+        self._sole = sole(directory, key="feed.spool", does="takes records in")
         try:
-            directory.mkdir(parents=True, exist_ok=True)
             self._number = max(self._numbers(), default=1)
             self._file = self._path(self._number).open("ab", buffering=0)
             self._sync_directory()
@@ -55,6 +56,7 @@ class Spool:
             else:
                 self.end_line()
         except OSError as error:
+            self._sole.close()
             raise ConfigError(f"feed.spool = {str(directory)!r}: {error.strerror or error}; name another") from None
 
     def end_line(self) -> None:
@@ -165,8 +167,9 @@ class Spool:
                     self._path(number).unlink()
 
     def close(self) -> None:
-        """Close the segment."""
+        """Close the segment, and let others have the directory."""
         self._file.close()
+        self._sole.close()
 
     def _numbers(self) -> list[int]:
         return sorted(int(path.stem) for path in self._directory.glob("*.lines") if path.stem.isdecimal())
