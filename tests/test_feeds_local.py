@@ -4,16 +4,18 @@ import csv
 import gzip
 import json
 import os
+import resource
 import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stack import taken
 
 from runners.bench.kill import (
     TABLE,
@@ -30,8 +32,8 @@ from runners.feeds import DeadLetter, conformance
 from runners.feeds.conformance import LAWS, Law, Row, Stand, rows
 from runners.feeds.rows import iterable, table_file
 from runners.feeds.spool import Spool
-from runners.feeds.stdin import stdin
-from runners.feeds.stream import StreamFeed
+from runners.feeds.stdin import Pipe, stdin
+from runners.feeds.stream import StreamFeed, UnreachableError
 from runners.feeds.tail import tail
 from streamkd import Batch, checkpoint
 from streamkd.errors import ConfigError, FeedError
@@ -311,6 +313,45 @@ def test_what_is_in_a_checkpoint_leaves_the_spool(tmp_path: Path) -> None:
     assert len(list((tmp_path / "spool").iterdir())) < before
     assert list(spool.lines(found[60][1])) == found[61:]
     assert not spool.has(found[0][1])
+    spool.close()
+
+
+@contextmanager
+def no_file_longer_than(size: int) -> Iterator[None]:
+    """A disk that is full, to those who write more."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_was_taken_from_the_pipe_waits_for_a_disk_that_is_full(pipe: tuple[int, int], tmp_path: Path) -> None:
+    reader, writer = pipe
+    feed = stdin(spool=tmp_path / "spool", descriptor=reader, columns=("a", "b"), refuse=nobody, **COMMON)
+    put(writer, rows(0, 10))
+    with no_file_longer_than(60):
+        assert polled(feed) == []
+        assert not feed.connected
+        assert dict(feed.failures) == {"read": 1}
+        put(writer, rows(10, 20))
+    assert ids(taken(feed, 20)) == names(0, 20)
+    assert feed.connected
+    feed.close()
+
+
+def test_of_what_a_full_disk_took_in_part_the_rest_is_written_later(pipe: tuple[int, int], tmp_path: Path) -> None:
+    reader, writer = pipe
+    spool, source = Spool(tmp_path / "spool", segment_bytes=100), Pipe(reader)
+    lines = [b"%03d %s\n" % (n, b"x" * size) for n, size in enumerate((50, 50, 50, 500))]
+    os.write(writer, b"".join(lines))
+    with no_file_longer_than(200), pytest.raises(UnreachableError, match="the spool cannot be written"):
+        source.fill(spool)
+    os.write(writer, b"next\n")
+    assert source.fill(spool)
+    assert source.fill(spool)
+    assert [line for line, _ in spool.lines(spool.first())] == [*lines, b"next\n"]
     spool.close()
 
 

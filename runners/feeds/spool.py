@@ -26,6 +26,7 @@ class Spool:
 
     Attributes:
         written: lines that this process appended.
+        bytes_written: likewise; where an append fails, of which only some segments have theirs.
 
     One thread may append while another reads and prunes.
 
@@ -41,7 +42,7 @@ class Spool:
         *,
         whole: bool = False,
     ) -> None:
-        self.written = 0
+        self.written = self.bytes_written = 0
         self._directory, self._most_in_all = directory, most_bytes
         self._most = min(segment_bytes, most_bytes // 4)
         self._lock = Lock()
@@ -106,12 +107,13 @@ class Spool:
                 self._cut(before)
             raise
         self._size += len(data)
+        self.bytes_written += len(data)
         self.written += data.count(b"\n")
 
     def _next_segment(self) -> None:
+        following = self._path(self._number + 1).open("ab", buffering=0)
         self._file.close()
-        self._number += 1
-        self._file = self._path(self._number).open("ab", buffering=0)
+        self._number, self._file = self._number + 1, following
         self._sync_directory()
 
     @property

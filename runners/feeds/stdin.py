@@ -15,7 +15,7 @@ from runners.feeds import NONE, Capabilities, Refuse
 from runners.feeds.formats import decoder
 from runners.feeds.spool import Spool
 from runners.feeds.spooled import Spooled
-from runners.feeds.stream import Message, Place, Start, StreamFeed, open_stream, reading
+from runners.feeds.stream import Message, Place, Start, StreamFeed, UnreachableError, open_stream, reading
 
 CHUNK = 1 << 16
 """Bytes that are taken from the pipe at once; more stay with whoever writes them."""
@@ -29,7 +29,7 @@ class Pipe:
         self.lag: Mapping[str, int] = NONE
         self.ended = False
         self._descriptor = descriptor
-        self._rest = b""
+        self._rest = self._kept = b""
         self._lines: deque[bytes] = deque()
         self._taken = 0
 
@@ -62,12 +62,18 @@ class Pipe:
         return data
 
     def fill(self, spool: Spool) -> bool:
-        """Move what has come to a spool; say whether anything has."""
-        data = self.take()
-        spool.append(data)
-        if self.ended:
-            spool.end_line()
-        return bool(data)
+        """Move what has come to a spool, and no more where it cannot be written; say whether anything has."""
+        self._kept = self._kept or self.take()
+        come, before = bool(self._kept), spool.bytes_written
+        try:
+            spool.append(self._kept)
+            if self.ended:
+                spool.end_line()
+        except OSError as error:
+            raise UnreachableError(f"the spool cannot be written: {error}") from error
+        finally:
+            self._kept = self._kept[spool.bytes_written - before :]
+        return come
 
     def _fill(self) -> None:
         *lines, self._rest = (self._rest + self.take()).split(b"\n")
