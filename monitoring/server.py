@@ -87,8 +87,13 @@ def _answer(checks: dict[str, bool], state: str) -> JSONResponse:
     return JSONResponse({"state": state, "checks": checks}, status_code=200 if all(checks.values()) else 503)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, *, part: str = "http") -> socket.socket:
     """Take a port.
+
+    Args:
+        host: of this machine.
+        port: 0 picks a free one.
+        part: of the configuration that names them.
 
     Raises:
         ConfigError: it is taken, or not for this user, or there is no such address here.
@@ -99,6 +104,6 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         why, *_ = (error.strerror or str(error)).split(" (while ")  # Python would tell the address once more
         raise ConfigError(
-            f"http.port = {port}: cannot listen on {shown}:{port}: {why}; choose another with "
-            "--set http.port=N (0 picks a free one), or another http.host"
+            f"{part}.port = {port}: cannot listen on {shown}:{port}: {why}; choose another with "
+            f"--set {part}.port=N (0 picks a free one), or another {part}.host"
         ) from None

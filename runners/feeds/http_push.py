@@ -17,13 +17,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from monitoring.server import listen
 from runners.feeds import Refuse
 from runners.feeds.formats import decoder
 from runners.feeds.numbered import MARK, NAME, NumberedSpool, record_of
 from runners.feeds.spool import MOST_BYTES, Spool
 from runners.feeds.spooled import Arrivals, Spooled, as_line, from_line
-from runners.feeds.stream import StreamFeed, UnreachableError, open_stream, reading
+from runners.feeds.stream import StreamFeed, open_stream, reading
 from runners.passwords import from_environment
+from streamkd.errors import ConfigError, FeedError
 
 PATH = "/v1/records"
 MOST_BODY = 16 << 20
@@ -59,13 +61,17 @@ class Door:
         self._spool = spool
 
     def listen(self, spool: Spool) -> None:  # noqa: ARG002 - it is the one it was made with
-        """Open the port, unless it is open."""
+        """Open the port, unless it is open.
+
+        Raises:
+            FeedError: it is taken, or not for this user.
+        """
         if self._socket is not None:
             return
         try:
-            self._socket = socket.create_server((self.host, self.port), backlog=128)
-        except OSError as error:
-            raise UnreachableError(error.strerror or str(error)) from error
+            self._socket = listen(self.host, self.port, part="feed")
+        except ConfigError as error:  # who has it may end: a start that fails for it is worth another
+            raise FeedError(str(error)) from None
         self.port = self._socket.getsockname()[1]
         routes = [Route(PATH, self._records, methods=["POST"])]
         config = uvicorn.Config(
