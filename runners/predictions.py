@@ -50,7 +50,8 @@ class Predictions:
     """Writes what was answered to each record: JSON objects of these keys.
 
     `record`: its number in the run, the first being 1. `id`: where records have one. `step`: of the models that
-    answered. `class`: the likeliest label. `probabilities`: label -> probability, of the labels met so far.
+    answered. `class`: the likeliest label; null while none was met. `probabilities`: label -> probability, of the
+    labels met so far.
 
     A sink that fails does not stop the learning: predictions wait, and no checkpoint passes them. A run that was killed
     predicts what it had learned since its last checkpoint once more; `record` tells such doubles.
@@ -83,7 +84,7 @@ class Predictions:
                 "record": first + row,
                 **({"id": batch.ids[row]} if batch.ids else {}),
                 "step": report.step - 1,
-                "class": labels[answer.index(max(answer))],
+                "class": labels[answer.index(max(answer))] if labels else None,
                 "probabilities": {label: round(p, 6) for label, p in zip(labels, answer, strict=False)},
             }
             self._waiting.append(json.dumps(line))

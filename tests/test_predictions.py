@@ -47,6 +47,27 @@ def test_every_record_has_a_line_with_the_answer_given_before_its_label_was_know
     assert sum(right[16:]) / 400 <= accuracy <= sum(right) / 400 + 16 / 400  # before the first lesson nobody knows
 
 
+@pytest.mark.parametrize("delay", [0, 4])
+def test_while_no_label_was_met_there_is_no_class(delay: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    header, *rows = table(Path("d.csv"), 80).read_text(encoding="utf-8").splitlines()
+    unlabelled = [f"{row.rpartition(',')[0]}," for row in rows[:40]]
+    Path("d.csv").write_text("\n".join([header, *unlabelled, *rows[40:]]) + "\n", encoding="utf-8")
+    assert run_once(monkeypatch, *JSONL, f"labels.delay={delay}") == 0
+    assert [(line["class"], line["probabilities"]) for line in written()[:32]] == [(None, {})] * 32
+    assert all(line["class"] in line["probabilities"] for line in written()[32:])
+
+
+def test_there_is_no_class_before_the_first_label_of_a_feed_of_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    header, *rows = table(Path("d.csv"), 40).read_text(encoding="utf-8").splitlines()
+    named = [f"id,{header}", *(f"n{index},{row}" for index, row in enumerate(rows))]
+    Path("d.csv").write_text("\n".join(named) + "\n", encoding="utf-8")
+    Path("labels.csv").write_text("id,y\n", encoding="utf-8")
+    labels = ("kind=tail", "path=labels.csv", "format=csv", "label=y", "id=id", "follow=false")
+    feed = ("feed.label=", "feed.id=id", "feed.ignore=['y']")
+    assert run_once(monkeypatch, *JSONL, *feed, *(f"labels.feed.{setting}" for setting in labels)) == 0
+    assert [(line["class"], line["probabilities"]) for line in written()] == [(None, {})] * 40
+
+
 def test_ids_are_told_where_records_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     table(Path("d.csv"), 40)
     header, *rows = Path("d.csv").read_text(encoding="utf-8").splitlines()
