@@ -87,7 +87,10 @@ class Metrics:
         self.feed_received.labels(feed=feed).set_function(lambda: self._received)
         self._refused = {reason: self.dead_letters.labels(feed=feed, reason=reason) for reason in reasons}
         self._untimed = self.feed_errors.labels(feed=feed, stage="time", error_type="unreadable")
-        self._unwritten = self.feed_errors.labels(feed=feed, stage="dead_letter", error_type="write")
+        self._unwritten = {
+            stage: self.feed_errors.labels(feed=feed, stage=stage, error_type="write")
+            for stage in ("dead_letter", "predictions")
+        }
         self._resets = {reason: self.resets.labels(feed=feed, reason=reason) for reason in resets}
         self._failed = {s: self.feed_errors.labels(feed=feed, stage=s, error_type="unreachable") for s in stages}
         self._saves = {result: self.saves.labels(result=result) for result in ("success", "failure")}
@@ -96,7 +99,7 @@ class Metrics:
         self._unsound: dict[tuple[str, str], int] = {}
         self._joined = self._expired = 0
         self._seen_refused: dict[str, int] = {}
-        self._seen_unwritten = 0
+        self._seen_unwritten = dict.fromkeys(self._unwritten, 0)
         self._seen_resets: dict[str, int] = {}
         self._seen_failed: dict[str, int] = {}
 
@@ -268,11 +271,18 @@ class Metrics:
 
     def observe_refused(self, refused: Mapping[str, int], *, unwritten: int) -> None:
         """Take in how many records were refused so far, by reason, and attempts to write them down that failed."""
-        self._unwritten.inc(unwritten - self._seen_unwritten)
-        self._seen_unwritten = unwritten
+        self._add_unwritten("dead_letter", unwritten)
         for reason, count in refused.items():
             self._refused[reason].inc(count - self._seen_refused.get(reason, 0))
             self._seen_refused[reason] = count
+
+    def observe_predictions(self, *, unwritten: int) -> None:
+        """Take in how many attempts to write predictions failed so far."""
+        self._add_unwritten("predictions", unwritten)
+
+    def _add_unwritten(self, stage: str, count: int) -> None:
+        self._unwritten[stage].inc(count - self._seen_unwritten[stage])
+        self._seen_unwritten[stage] = count
 
     def observe_feed(
         self, *, connected: bool, lag: Mapping[str, int], resets: Mapping[str, int], failures: Mapping[str, int]

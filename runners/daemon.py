@@ -68,6 +68,7 @@ class Daemon:
         self._told = 0.0
         self._unsound: dict[str, Mapping[str, int]] = {}
         self._resets: dict[str, int] = {}
+        self._unwritten = 0
         self.on_listening: Callable[[int], None] = lambda _: None
         engine, watch = running.engine, running.engine.drift
         self.health = Health(time.monotonic, self._settings.http.stalled_seconds)
@@ -134,17 +135,21 @@ class Daemon:
         self._last_line = engine.records
         # Where a restored run stands already, so that waiting there is no step: an undisturbed run would not take it.
         position: Mapping[str, Any] = self._saver.position if self._saver else {}
+        predictions = self._session.predictions
         while not self._stop:
-            batch = self._session.poll()
+            predictions.catch_up()
+            full = predictions.full  # then what comes waits in the feed
+            batch = None if full else self._session.poll()
             self._progress()
             self._observe_feed()
             if self._hung_up:
                 self._take_over()
             self._observe_refused()
-            if batch is None:
+            self._observe_predictions()
+            if batch is None and not full:
                 self._log.info("feed ended", records=engine.records)
                 return
-            if not len(batch) and not batch.late and batch.position == position:
+            if batch is None or (not len(batch) and not batch.late and batch.position == position):
                 if self._saver:
                     self._saver.after(position)
                 time.sleep(IDLE_SECONDS)
@@ -182,6 +187,13 @@ class Daemon:
         self.metrics.observe_refused(letters.counts, unwritten=letters.failures)
         if letters.failure:
             self._log.error("dead letters not written", reason=letters.failure)
+
+    def _observe_predictions(self) -> None:
+        predictions = self._session.predictions
+        if predictions.failures > self._unwritten:
+            self._unwritten = predictions.failures
+            self._log.error("predictions not written", reason=predictions.failure, waiting=len(predictions))
+        self.metrics.observe_predictions(unwritten=predictions.failures)
 
     def _progress(self) -> None:
         """Say that the loop went round; systemd's watchdog need not hear it more than once a second."""

@@ -1,15 +1,20 @@
 """What was answered goes out: a line for each record, safe before the feed's position is."""
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from runners.dead_letters import can_be_written
+from runners.feeds.stream import FIRST_WAIT, LONGEST_WAIT
 from streamkd.batch import Batch
-from streamkd.errors import ConfigError
+from streamkd.errors import ConfigError, reason
 from streamkd.report import Report
 
 KINDS = {
@@ -22,7 +27,11 @@ KINDS = {
 }
 """Where predictions can go, by `predictions.kind`."""
 MOST_WAITING = 100_000
-"""Predictions that wait for a sink that takes none."""
+"""Predictions that wait for a sink that takes none; then learning waits for it, too."""
+AT_ONCE = 1_000
+"""Predictions that a sink is given at once."""
+REST = 4
+"""A sink that is long in failing is left alone for so many times as long, that learning has most of the time."""
 
 
 class Sink(Protocol):
@@ -53,16 +62,34 @@ class Predictions:
     answered. `class`: the likeliest label; null while none was met. `probabilities`: label -> probability, of the
     labels met so far.
 
-    A sink that fails does not stop the learning: predictions wait, and no checkpoint passes them. A run that was killed
-    predicts what it had learned since its last checkpoint once more; `record` tells such doubles.
+    A sink that fails, whatever it raises, does not stop the learning: predictions wait, and no checkpoint passes them.
+    It is tried again after a wait that grows. What it took and did not acknowledge in time it gets once more, and a run
+    that was killed predicts what it had learned since its last checkpoint once more; `record` tells such doubles.
 
     Args:
         sink: takes the lines.
+        clock: reads seconds; any origin will do.
+
+    Attributes:
+        failures: attempts to write that failed.
+        failure: why the last of them did.
     """
 
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
-        self._waiting: list[str] = []
+    def __init__(self, sink: Sink, clock: Callable[[], float] = time.monotonic) -> None:
+        self._sink, self._clock = sink, clock
+        self._waiting: deque[str] = deque()
+        self._wait, self._next_try = FIRST_WAIT, -math.inf
+        self.failures = 0
+        self.failure = ""
+
+    def __len__(self) -> int:
+        """Return how many wait for the sink."""
+        return len(self._waiting)
+
+    @property
+    def full(self) -> bool:
+        """Whether so many wait that learning is to wait, too."""
+        return len(self) >= MOST_WAITING
 
     def write(self, batch: Batch, report: Report, describe: Callable[[], Mapping[str, Any]]) -> None:
         """Write the answers to a batch.
@@ -71,9 +98,6 @@ class Predictions:
             batch: the records.
             report: of the step that they made.
             describe: the feed's, which knows what the class indices stand for.
-
-        Raises:
-            ConfigError: too many could not be written.
         """
         if isinstance(self._sink, Nowhere) or not len(batch):
             return
@@ -88,13 +112,17 @@ class Predictions:
                 "probabilities": {label: round(p, 6) for label, p in zip(labels, answer, strict=False)},
             }
             self._waiting.append(json.dumps(line))
-        try:
-            self._put()
-        except OSError as error:
-            if len(self._waiting) > MOST_WAITING:
-                raise ConfigError(
-                    f"predictions: {len(self._waiting)} could not be written ({error}); make room, or name another sink"
-                ) from error
+        self.catch_up(len(batch))
+
+    def catch_up(self, more: int = 0) -> None:
+        """Give the sink some of what waits, unless it failed a moment ago.
+
+        Args:
+            more: that came just now: so many beside, or what waits would never become less.
+        """
+        if self._waiting and self._clock() >= self._next_try:
+            with suppress(OSError):
+                self._put(AT_ONCE + more)
 
     def flush(self) -> None:
         """Make sure that every prediction is safe.
@@ -102,17 +130,38 @@ class Predictions:
         Raises:
             OSError: one is not.
         """
-        self._put()
-        self._sink.sync()
+        self._put(len(self))
+        with self._tried():
+            self._sink.sync()
 
-    def _put(self) -> None:
-        if self._waiting:
-            self._sink.put(self._waiting)
-            self._waiting = []
+    def _put(self, most: int) -> None:
+        while most > 0 and self._waiting:
+            lines = list(islice(self._waiting, min(most, AT_ONCE)))
+            with self._tried():
+                self._sink.put(lines)
+            most -= len(lines)
+            for _ in lines:
+                self._waiting.popleft()
+
+    @contextmanager
+    def _tried(self) -> Iterator[None]:
+        """Remember what comes of an attempt, and when to make the next one."""
+        began = self._clock()
+        try:
+            yield
+        except Exception as error:
+            now = self._clock()
+            self._next_try = now + max(self._wait, REST * (now - began))
+            self._wait = min(2 * self._wait, LONGEST_WAIT)
+            self.failures += 1
+            self.failure = str(error) if isinstance(error, OSError) else reason(error)
+            raise OSError(self.failure) from error
+        self._wait = FIRST_WAIT
 
     def close(self) -> None:
         """Let go of the sink."""
-        self._sink.close()
+        with suppress(Exception):  # what it has not taken by now is predicted once more by the next run
+            self._sink.close()
 
 
 class Nowhere:

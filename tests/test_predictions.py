@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stack import waited
-from test_commands import run_once, table
+from stack import PATIENCE, waited
+from test_commands import fetched, run_once, started, table, told
+from worlds import batches, engine
 
 from runners.bench.kill import RECORDS, TABLE, arguments, ended, in_a_child, write_table
-from runners.predictions import Lines
+from runners.predictions import AT_ONCE, Lines, Predictions
 from streamkd import checkpoint
 
 
@@ -120,6 +121,123 @@ def test_no_checkpoint_passes_an_answer_that_could_not_be_written(
     assert run_once(monkeypatch, *overrides) == 4
     assert "No space left" in capsys.readouterr().err
     assert not checkpoint.found(Path("saved"))
+
+
+class Moody:
+    """A sink of somebody's own, which raises what it is told to."""
+
+    def __init__(self) -> None:
+        self.trouble: Exception | None = None
+        self.seconds = 0.0
+        self.now = 0.0
+        self.asked: list[int] = []
+        self.taken: list[int] = []
+
+    def put(self, lines: Sequence[str]) -> None:
+        """Take lines, and some time."""
+        self.asked.append(len(lines))
+        self.now += self.seconds
+        if self.trouble is not None:
+            raise self.trouble
+        self.taken += [json.loads(line)["record"] for line in lines]
+
+    def sync(self) -> None:
+        """Complain."""
+        if self.trouble is not None:
+            raise self.trouble
+
+    def close(self) -> None:
+        """Complain once more."""
+        self.sync()
+
+
+def test_a_sink_that_fails_is_left_alone_for_longer_every_time_and_given_little_at_once() -> None:
+    sink, made = Moody(), engine()
+    predictions = Predictions(sink, clock=lambda: sink.now)
+
+    def learn(records: int) -> None:
+        for batch in batches(records):
+            predictions.write(batch, made.step(batch), dict)
+            sink.now += 0.01
+
+    sink.trouble = KeyError("no room")
+    learn(1_600)
+    assert len(sink.asked) == predictions.failures == 4  # after 0, 0.1, 0.3 and 0.7 s
+    assert predictions.failure == "KeyError: 'no room'"
+    with pytest.raises(OSError, match="no room"):
+        predictions.flush()
+    sink.trouble = None
+    sink.now += 5
+    learn(16)
+    assert sink.asked[-2:] == [AT_ONCE, 16]
+    while predictions:
+        predictions.catch_up()
+    assert sink.taken == list(range(1, 1_617))
+    assert max(sink.asked) == AT_ONCE
+    sink.trouble, sink.seconds = TimeoutError("hangs"), 5.0
+    learn(16)
+    begun, asked = sink.now, len(sink.asked)
+    while len(sink.asked) == asked:
+        learn(16)
+    assert sink.now - begun > 4 * sink.seconds  # it has a fifth of the time
+    predictions.close()
+
+
+SHY = """
+import os
+from runners import predictions
+
+predictions.MOST_WAITING = 64
+
+
+class Shy(predictions.Lines):
+    def put(self, lines):
+        if not os.path.exists("open"):
+            raise RuntimeError("closed")
+        super().put(lines)
+
+
+def shy():
+    return Shy(predictions.Path("out/predictions.jsonl"))
+"""
+
+
+@pytest.mark.slow
+def test_learning_waits_for_a_sink_that_too_many_wait_for_and_ends_when_told_to() -> None:
+    table(Path("d.csv"), 400)
+    Path("own.py").write_text(SHY, encoding="utf-8")
+    feed = ("feed.kind=tail", "feed.format=csv", "feed.path=d.csv", "feed.label=y", "http.port=0")
+    settings = [f"--set={pair}" for pair in (*feed, "predictions.kind=own:shy")]
+
+    def failures(port: int) -> float:
+        text = fetched(port, "/metrics")[1]
+        name = 'streamkd_feed_errors_total{error_type="write",feed="tail",stage="predictions"} '
+        return float(text.partition(name)[2].split("\n")[0])
+
+    with started("run", "default", *settings) as daemon:
+        port = told(daemon, "listening")["port"]
+        said = told(daemon, "predictions not written")
+        assert (said["level"], said["reason"]) == ("error", "RuntimeError: closed")
+
+        def learned() -> int:
+            return int(json.loads(fetched(port, "/v1/status")[1]).get("records", 0))
+
+        assert waited(lambda: learned() == 64)
+        before = failures(port)
+        assert waited(lambda: failures(port) > before)
+        assert learned() == 64
+        assert fetched(port, "/healthz")[0] == 200
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(PATIENCE) == 4
+        assert daemon.stderr is not None
+        assert "the last save failed (RuntimeError: closed)" in " ".join(daemon.stderr.read().split())
+    with started("run", "default", *settings) as daemon:
+        told(daemon, "predictions not written")
+        Path("open").touch()
+        assert waited(lambda: len(lines_so_far()) == 400)
+        daemon.send_signal(signal.SIGTERM)
+        assert daemon.wait(PATIENCE) == 0
+    assert [line["record"] for line in written()] == list(range(1, 401))
 
 
 def test_lines_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

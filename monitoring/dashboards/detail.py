@@ -377,7 +377,7 @@ def _errors() -> Sequence[Panel]:
             "Errors around the feed",
             "short",
             "Errors by stage and kind. dead_letter: refused records cannot be written, and no checkpoint passes them "
-            "(StreamkdDeadLetterWriteFailing).",
+            "(StreamkdDeadLetterWriteFailing). predictions: nor can these, and no checkpoint passes them either.",
             (
                 events("feed_errors_total", "feed", "stage", "error_type"),
                 "{{feed}} {{stage}} {{error_type}}",
