@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -38,7 +39,8 @@ class Entries:
         """Append entries, in one transaction."""
         try:
             self._server.ask(*(("xadd", self._stream, {"data": line}, "*", self._most) for line in lines))
-        except UnreachableError as error:
+        except Exception as error:
+            self._server.close()  # one that is a replica now keeps the line; its name may lead elsewhere
             raise OSError(str(error)) from error
 
     def sync(self) -> None:
@@ -158,31 +160,41 @@ class Records:
 
     def __init__(self, producer: Any, topic: str) -> None:
         self._producer, self._topic = producer, topic
-        self._undelivered: list[bytes] = []
+        self._unsent: deque[bytes] = deque()
+        self._why = "no answer"
 
     def put(self, lines: Sequence[str]) -> None:
-        """Hand lines to the client, which has room for all of them or is given none."""
-        self._producer.poll(0)
-        again, self._undelivered = self._undelivered, []
-        self._send(again)
+        """Hand lines to the client, which has room for all of them or is given none.
+
+        One that it does not take, for it is too long, keeps back those after it: who puts next, or syncs, is told.
+        """
+        self._send()
         if len(self._producer) + len(lines) > MOST_UNDER_WAY:
             raise OSError(f"{len(self._producer)} messages are under way to Kafka already")
-        self._send([line.encode() for line in lines])
+        self._unsent.extend(line.encode() for line in lines)
+        with suppress(OSError):
+            self._send()
 
-    def _send(self, payloads: Sequence[bytes]) -> None:
-        for payload in payloads:
-            self._producer.produce(self._topic, payload, on_delivery=self._delivered)
+    def _send(self) -> None:
+        self._producer.poll(0)
+        try:
+            while self._unsent:
+                self._producer.produce(self._topic, self._unsent[0], on_delivery=self._delivered)
+                self._unsent.popleft()
+        except Exception as error:
+            raise OSError(f"Kafka's client does not take a prediction: {reason(error)}") from error
 
     def _delivered(self, error: Any, message: Any) -> None:
         if error is not None:
-            self._undelivered.append(message.value())
+            self._unsent.append(message.value())
+            self._why = error.str()
 
     def sync(self) -> None:
         """Wait until the brokers have all of them."""
-        self.put(())
-        left = self._producer.flush(SECONDS)
-        if left or self._undelivered:
-            raise OSError(f"Kafka has not acknowledged {left + len(self._undelivered)} predictions in {SECONDS:g} s")
+        self._send()
+        left = self._producer.flush(SECONDS) + len(self._unsent)
+        if left:
+            raise OSError(f"Kafka has not acknowledged {left} predictions in {SECONDS:g} s: {self._why}")
 
     def close(self) -> None:
         """Let the client send what it can in a moment."""

@@ -15,8 +15,10 @@ import pytest
 from brokers import Broker
 from stack import PATIENCE, waited
 from test_commands import run_once, streamkd, table
+from worlds import batches, engine
 
 from runners import sinks
+from runners.predictions import Predictions
 
 RECORDS = 100
 
@@ -193,3 +195,44 @@ def test_what_could_not_be_put_is_told_and_put_again_when_the_broker_is_back(pla
     found = place.received(4)
     assert set(found) == {b"a", b"b", b"c", b"d"}
     assert found[:2] == [b"a", b"b"]
+
+
+def test_what_redis_refuses_waits_until_it_takes_it(tmp_path: Path) -> None:
+    redis = pytest.importorskip("redis")
+    broker = brokers.redis_server(tmp_path / "broker")
+    url = f"redis://127.0.0.1:{broker.port}/0"
+    sink, made = Predictions(sinks.redis_entries(stream="out", url=url)), engine()
+    with redis.Redis.from_url(url) as client:
+        client.set("other", "text")
+        for batch, (trouble, remedy, why) in zip(
+            batches(48),
+            [
+                ("rename other out", "rename out other", "wrong kind of value"),
+                ("config set maxmemory 1", "config set maxmemory 0", "maxmemory"),
+                ("replicaof 127.0.0.1 1", "replicaof no one", "read only replica"),
+            ],
+            strict=True,
+        ):
+            client.execute_command(*trouble.split())
+            sink.write(batch, made.step(batch), dict)
+            with pytest.raises(OSError, match=why):
+                sink.flush()
+            client.execute_command(*remedy.split())
+            sink.flush()
+            entries = [json.loads(fields[b"data"])["record"] for _, fields in client.xrange("out")]
+            assert entries == list(range(1, made.records + 1))
+    sink.close()
+    broker.stop()
+
+
+def test_what_is_too_long_for_kafka_is_told_of_and_keeps_back_what_comes_after_it() -> None:
+    pytest.importorskip("confluent_kafka")
+    client = {"test.mock.num.brokers": 1, "message.max.bytes": 1_000}
+    sink = sinks.kafka_records(topic="out", client=client)
+    sink.put(["a", "b" * 2_000, "c"])
+    for _ in range(2):
+        with pytest.raises(OSError, match="MSG_SIZE_TOO_LARGE"):
+            sink.sync()
+        with pytest.raises(OSError, match="MSG_SIZE_TOO_LARGE"):
+            sink.put(["d"])
+    sink.close()
