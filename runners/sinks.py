@@ -5,9 +5,8 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
 
@@ -24,6 +23,8 @@ from streamkd.errors import ConfigError, reason
 
 SECONDS = 5.0
 """For a broker to acknowledge."""
+CLOSING_SECONDS = 1.0
+"""For a connection to be closed; a server that hangs takes nothing any more."""
 ENVIRONMENT_KEY = "predictions.password_env"
 MOST_UNDER_WAY = 100_000
 """Messages that Kafka's client may hold."""
@@ -90,35 +91,55 @@ class Messages:
 
     def __init__(self, url: str, subject: str, options: Mapping[str, Any]) -> None:
         self._nats = imported("nats", "nats", "predictions.kind = 'nats'")
-        self._wrong = imported("nats.errors", "nats", "predictions.kind = 'nats'")
+        self._missing = imported("nats.js.errors", "nats", "predictions.kind = 'nats'")
         self._url, self._subject, self._options = url, subject, options
         self._loop = Loop("nats predictions")
         self._client: Any = None
 
     def put(self, lines: Sequence[str]) -> None:
         """Publish messages, and wait until the stream has them."""
-        work = self._put(lines)
+        self._reach(self._put(lines))
+
+    def kept(self) -> bool:
+        """Say whether a stream keeps the subject; where that is not told to us, believe it."""
         try:
-            self._loop.run(work)
-        except (TimeoutError, self._wrong.Error, OSError) as error:
-            raise OSError(reason(error)) from error
-        finally:
-            work.close()
+            self._reach(self._keeper())
+        except OSError as error:
+            return not isinstance(error.__cause__, (self._missing.NotFoundError, self._missing.ServiceUnavailableError))
+        return True
+
+    def _reach(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            self._loop.run(asyncio.wait_for(work, SECONDS))
+        except Exception as error:
+            why = f"no answer in {SECONDS:g} s" if isinstance(error, TimeoutError) else reason(error)
+            self._disconnect()  # what it has not sent, it would send beside what is put again
+            raise OSError(why) from error
 
     async def _put(self, lines: Sequence[str]) -> None:
+        context = await self._context()
+        await asyncio.gather(*(context.publish(self._subject, line.encode()) for line in lines))
+
+    async def _keeper(self) -> None:
+        await (await self._context()).find_stream_name_by_subject(self._subject)
+
+    async def _context(self) -> Any:
         if self._client is None or not self._client.is_connected:
-            connecting = self._nats.connect(self._url, error_cb=_quiet, **ONCE, **self._options)
-            self._client = await asyncio.wait_for(connecting, SECONDS)
-        publish = partial(self._client.jetstream(timeout=SECONDS).publish, self._subject)
-        await asyncio.gather(*(publish(line.encode()) for line in lines))
+            self._client = await self._nats.connect(self._url, error_cb=_quiet, **ONCE, **self._options)
+        return self._client.jetstream(timeout=SECONDS)
+
+    def _disconnect(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            with suppress(Exception):  # it may be gone already
+                self._loop.run(asyncio.wait_for(client.close(), CLOSING_SECONDS))
 
     def sync(self) -> None:
         """Do nothing: what the stream has acknowledged is as safe as it is configured to keep it."""
 
     def close(self) -> None:
         """Close the connection."""
-        with suppress(Exception):  # it may be gone already
-            self._loop.run(self._client.close())
+        self._disconnect()
         self._loop.close()
 
 
@@ -152,6 +173,12 @@ def nats_messages(
     except OSError as error:
         sink.close()
         raise unreachable("predictions.url", url, str(error)) from error
+    if not sink.kept():
+        sink.close()
+        raise ConfigError(
+            f"predictions.subject = {subject!r}: no stream of JetStream's keeps it; add one that does (nats stream "
+            "add), or name a subject of one"
+        )
     return sink
 
 

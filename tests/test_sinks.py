@@ -217,6 +217,7 @@ def test_what_redis_refuses_waits_until_it_takes_it(tmp_path: Path) -> None:
             sink.write(batch, made.step(batch), dict)
             with pytest.raises(OSError, match=why):
                 sink.flush()
+            assert len(client.client_list()) == 1  # by its name another server may be reached now
             client.execute_command(*remedy.split())
             sink.flush()
             entries = [json.loads(fields[b"data"])["record"] for _, fields in client.xrange("out")]
@@ -236,3 +237,17 @@ def test_what_is_too_long_for_kafka_is_told_of_and_keeps_back_what_comes_after_i
         with pytest.raises(OSError, match="MSG_SIZE_TOO_LARGE"):
             sink.put(["d"])
     sink.close()
+
+
+def test_a_subject_that_no_stream_keeps_is_refused_at_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with nats_place(tmp_path / "broker") as place:
+        table(Path("d.csv"), 40)
+        settings = [f"predictions.{setting}" for setting in place.settings]
+        given = [f"--set={pair}" for pair in ("feed.path=d.csv", "feed.label=y", "http.port=0", *settings)]
+        assert streamkd(monkeypatch, "check", "default", *given) == 0
+        capsys.readouterr()
+        assert streamkd(monkeypatch, "check", "default", *given, "--set=predictions.subject=nobodys") == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "predictions.subject = 'nobodys': no stream of JetStream's keeps it; add one" in said
