@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
+from threading import Condition
 from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
 
@@ -125,7 +126,8 @@ class Messages:
 
     async def _context(self) -> Any:
         if self._client is None or not self._client.is_connected:
-            self._client = await self._nats.connect(self._url, error_cb=_quiet, **ONCE, **self._options)
+            self._client = self._nats.NATS()
+            await self._client.connect(self._url, error_cb=_quiet, **ONCE, **self._options)
         return self._client.jetstream(timeout=SECONDS)
 
     def _disconnect(self) -> None:
@@ -278,19 +280,35 @@ class Publications:
 
     def __init__(self, client: Any, topic: str) -> None:
         self._client, self._topic = client, topic
+        self._given = self._answered = 0
+        self._refused = ""
+        self._told = Condition()
+        client.on_publish = self._hear
 
     def put(self, lines: Sequence[str]) -> None:
         """Publish messages, and wait until the broker has them."""
         if not self._client.is_connected():  # it tries again by itself, and would keep what it is given
             raise OSError("the MQTT broker is away")
-        patience = time.monotonic() + SECONDS
-        try:
-            for sent in [self._client.publish(self._topic, line, qos=1) for line in lines]:
-                sent.wait_for_publish(max(0.0, patience - time.monotonic()))
-                if not sent.is_published():
+        self._wait()  # for what an earlier one gave up on, as the client did not
+        self._refused = ""
+        for line in lines:
+            self._client.publish(self._topic, line, qos=1)
+            self._given += 1
+        self._wait()
+        if self._refused:
+            raise OSError(f"the MQTT broker refuses: {self._refused}")
+
+    def _wait(self) -> None:
+        with self._told:
+            while self._answered < self._given:
+                if not self._told.wait(SECONDS):
                     raise OSError(f"the MQTT broker has not acknowledged in {SECONDS:g} s")
-        except (RuntimeError, ValueError) as error:  # it went away, or its queue is full
-            raise OSError(str(error)) from error
+
+    def _hear(self, _client: Any, _data: Any, _message: int, why: Any, _properties: Any) -> None:
+        with self._told:
+            self._answered += 1
+            self._refused = self._refused or str(why) * why.is_failure
+            self._told.notify()
 
     def sync(self) -> None:
         """Do nothing: what the broker has acknowledged is as safe as it is configured to keep it."""

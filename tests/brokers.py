@@ -70,6 +70,13 @@ class Broker:
         except OSError:
             return False
 
+    def hang(self, *, on: bool = True) -> None:
+        """Let it keep its connections and say nothing on them, or go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP if on else signal.SIGCONT)
+        if on:
+            os.waitpid(self._process.pid, os.WUNTRACED)  # until all its threads have stopped
+
     def stop(self) -> None:
         """End it; as its crash would, unless another signal was given."""
         if self._process is not None:
@@ -97,13 +104,13 @@ max_queued_messages 0
 """
 
 
-def mosquitto(folder: Path) -> Broker:
+def mosquitto(folder: Path, option: str = "", **files: str) -> Broker:
     """One that is told to end rather than killed, as it keeps what sessions have not acknowledged only then."""
     return Broker(
         "mosquitto",
         ["mosquitto", "-c", "{folder}/mosquitto.conf"],
         folder,
-        files={"mosquitto.conf": MOSQUITTO},
+        files={"mosquitto.conf": MOSQUITTO + option, **files},
         end=signal.SIGTERM,
     )
 

@@ -168,15 +168,19 @@ def test_every_prediction_is_a_message_and_a_broker_that_is_away_is_told(
     assert "Traceback" not in said
 
 
-def test_what_could_not_be_put_is_told_and_put_again_when_the_broker_is_back(place: Place) -> None:
+def opened(place: Place) -> Any:
     kind, *pairs = (setting.partition("=")[2] for setting in place.settings)
-    make = {
+    make: Any = {
         "redis": lambda url, name: sinks.redis_entries(url=url, stream=name),
         "nats": lambda url, name: sinks.nats_messages(url=url, subject=name),
         "mqtt": lambda url, name: sinks.mqtt_publications(url=url, topic=name),
         "kafka": lambda servers, name: sinks.kafka_records(servers=(servers,), topic=name),
     }[kind]
-    sink: Any = make(*pairs)
+    return make(*pairs)
+
+
+def test_what_could_not_be_put_is_told_and_put_again_when_the_broker_is_back(place: Place) -> None:
+    sink = opened(place)
 
     def put(lines: list[str]) -> bool:
         try:
@@ -251,3 +255,38 @@ def test_a_subject_that_no_stream_keeps_is_refused_at_start(
         assert streamkd(monkeypatch, "check", "default", *given, "--set=predictions.subject=nobodys") == 2
         said = " ".join(capsys.readouterr().err.split())
         assert "predictions.subject = 'nobodys': no stream of JetStream's keeps it; add one" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES[:3], indirect=True)
+def test_a_broker_that_hangs_is_told_of_and_not_heaped_with_what_is_put_again(place: Place) -> None:
+    sink = opened(place)
+    sink.put(["a"])
+    place.broker.hang()
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"in 5 s|[Tt]imeout"):
+            sink.put(["b", "c"])
+    place.broker.hang(on=False)
+
+    def put() -> bool:
+        try:
+            sink.put(["b", "c"])
+        except OSError:
+            return False
+        return True
+
+    assert waited(put)
+    sink.close()
+    found = place.received(3)
+    assert set(found) == {b"a", b"b", b"c"}
+    assert found.count(b"b") <= 2
+
+
+def test_what_an_mqtt_broker_refuses_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("paho.mqtt.client")
+    broker = brokers.mosquitto(tmp_path / "broker", "acl_file {folder}/acl", acl="topic read #\n")
+    sink = sinks.mqtt_publications(topic="out", url=f"mqtt://127.0.0.1:{broker.port}")
+    with pytest.raises(OSError, match="Not authorized"):
+        sink.put(["a"])
+    sink.close()
+    broker.stop()
