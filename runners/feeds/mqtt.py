@@ -126,7 +126,7 @@ class Subscription:
 
     def _disconnected(self, client: Any, _data: Any, _flags: Any, reason: Any, _properties: Any) -> None:
         if client is self._client:
-            self._fault = f"disconnected: {reason}"
+            self._fault = self._fault or f"disconnected: {reason}"  # which comes after a refusal, and says less
 
     def _write(self, spool: Spool) -> None:
         """Write what has come, many messages at once, and then acknowledge them; until told to end."""
