@@ -122,6 +122,7 @@ class Saver:
     def _take_up(self, position: Mapping[str, Any], result: str) -> None:
         engine = self._session.engine
         self.position = position
+        self._commit(position)  # whoever was killed between a save and this never did
         self.covered, self._covered_steps = engine.records, engine.steps
         self._staged_records = engine.records
         self._metrics.observe_restore(

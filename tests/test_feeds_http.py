@@ -15,14 +15,17 @@ from urllib.request import Request, urlopen
 
 import pytest
 from stack import PATIENCE, free_port, waited
-from test_commands import fetched, started, told
+from test_commands import fetched, started, streamkd, told
+from test_warm_start import saving
 
+from runners import session
 from runners.bench.kill import RECORDS, TABLE, kill_loop, write_table
 from runners.feeds import DeadLetter, conformance
 from runners.feeds.conformance import Law, Stand
 from runners.feeds.http_push import http
 from runners.feeds.numbered import NumberedSpool, record_of
 from runners.feeds.stream import StreamFeed
+from runners.settings import load
 from streamkd import checkpoint
 from streamkd.errors import ConfigError, FeedError
 
@@ -136,7 +139,8 @@ def test_a_request_that_is_sent_again_is_not_taken_again(format: str, tmp_path: 
     assert post(port, body, **numbered("one", 2))[:2] == (202, {"accepted": 1})
     batch = feed.poll(16)
     assert batch is not None
-    feed.commit(batch.position)
+    for _ in range(2):
+        feed.commit(batch.position)
     assert not (tmp_path / "000000000001.lines").exists()
     feed.close()
     feed = opened()
@@ -158,7 +162,8 @@ def test_a_spool_that_cannot_be_pruned_now_is_pruned_later(tmp_path: Path) -> No
     assert batch is not None
     in_the_way = spool / "clients.new"
     in_the_way.mkdir()
-    feed.commit(batch.position)
+    for _ in range(2):
+        feed.commit(batch.position)
     assert feed.poll(16) is not None
     assert len(list(spool.glob("*.lines"))) == 2
     in_the_way.rmdir()
@@ -237,6 +242,48 @@ def test_when_there_is_no_room_a_client_is_asked_to_wait_and_then_served(tmp_pat
         feed.commit(batch.position)
     assert post(port, body)[0] == 202
     feed.close()
+
+
+def filled(port: int, rows: int, **options: Any) -> list[str]:
+    """Post records until so many are in the spool, or it is full; return the settings to learn them to the end."""
+    feed = http(port=port, spool=Path("spool"), refuse=nobody, **COMMON, **options)
+    for begin in range(0, rows, 100):
+        if post(port, lines(conformance.rows(begin, begin + 100, filler="x" * 100)))[0] != 202:
+            break
+    feed.close()
+    given = {"kind": "http", "port": port, "spool": "spool", "columns": ["a", "b"], "label": "y", **options}
+    return [*(f"feed.{key}={value}" for key, value in given.items()), "checkpoint.directory=saved", "http.port=0"]
+
+
+def test_what_came_after_the_checkpoint_before_the_newest_can_be_learned_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = [*filled(free_port(), 1_400, spool_bytes=1 << 18), "feed.follow=false", "checkpoint.every_records=500"]
+    command = ["run", "default", *(f"--set={setting}" for setting in settings)]
+    assert streamkd(monkeypatch, *command) == 0
+    assert not (tmp_path / "spool" / "000000000001.lines").exists()
+    newest, before = checkpoint.found(Path("saved"))[:2]
+    assert checkpoint.about(before)["position"]["place"]["segment"] < 4
+    assert max((tmp_path / "spool").glob("*.lines")).stem == "000000000004"
+    (newest / "tensors.pt").write_bytes(b"nothing")
+    assert streamkd(monkeypatch, *command) == 0
+    assert checkpoint.about(checkpoint.found(Path("saved"))[0])["records"] == 1_400
+
+
+def test_a_spool_that_is_full_of_what_is_in_the_newest_checkpoint_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that saved it may have been killed before it could tell."""
+    monkeypatch.chdir(tmp_path)
+    settings = filled(port := free_port(), 1_000, spool_bytes=1 << 16)
+    command = ["run", "default", *(f"--set={setting}" for setting in settings)]
+    assert streamkd(monkeypatch, *command, "--set=feed.follow=false") == 0
+    made = session.start(load("default", settings))
+    assert post(port, lines(conformance.rows(0, 1)))[0] == 429
+    with saving(made):
+        assert post(port, lines(conformance.rows(0, 1)))[0] == 202
+    made.close()
 
 
 def test_a_disk_that_is_full_is_told_and_the_record_is_not_taken(tmp_path: Path) -> None:

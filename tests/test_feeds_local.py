@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,26 @@ def test_of_what_a_full_disk_took_in_part_the_rest_is_written_later(pipe: tuple[
     assert source.fill(spool)
     assert source.fill(spool)
     assert [line for line, _ in spool.lines(spool.first())] == [*lines, b"next\n"]
+    spool.close()
+
+
+def test_of_what_is_in_a_checkpoint_the_spool_keeps_what_the_one_before_it_had_not_while_there_is_room(
+    tmp_path: Path,
+) -> None:
+    spool = Spool(tmp_path / "spool", most_bytes=4_000, segment_bytes=100)
+    spool.append(b"line\n" * 200)
+    found = list(spool.lines(spool.first()))
+    for earlier, later in pairwise(range(30, 180, 30)):
+        spool.release(found[earlier][1])
+        spool.release(found[later][1])
+        assert list(spool.lines(found[earlier][1])) == found[earlier + 1 :]
+        assert spool.has_room()
+    assert not spool.has(found[30][1])
+    spool.append(b"line\n" * 1_000)
+    assert not spool.has_room()
+    assert not spool.has(found[120][1])
+    spool.release(list(spool.lines(found[150][1]))[-1][1])
+    assert spool.has_room()
     spool.close()
 
 

@@ -110,10 +110,10 @@ class Door:
 
     def _take(self, records: list[bytes], client: str, sequence: str) -> JSONResponse:
         """Write records to the spool, where there is room, and say so."""
-        if self._spool.full:
-            return _answer(429, "as many wait as may; send these again later")
         accepted = len(records)
         try:
+            if not self._spool.has_room():
+                return _answer(429, "as many wait as may; send these again later")
             if client:
                 accepted = self._spool.append_once(client, int(sequence), records)
             else:
@@ -177,7 +177,7 @@ def http(
     requests in ascending order (`Streamkd-Client`, `Streamkd-Sequence`): those that came are not taken again then.
 
     Args:
-        spool: a folder in which records are kept until they are in a checkpoint.
+        spool: a folder in which records are kept until they are in two checkpoints.
         host: address to listen on.
         port: likewise.
         token_env: name of the environment variable that holds the token which clients show (`Authorization: Bearer`).

@@ -147,7 +147,7 @@ class Subscription:
         """Write lines when there is room; say whether they were."""
         while True:
             try:
-                if not spool.full:
+                if spool.has_room():
                     spool.append(lines)
                     return True
             except OSError as error:
@@ -210,7 +210,7 @@ def mqtt(
 
     Args:
         topic: a filter; `+` and `#` are wildcards.
-        spool: a folder in which messages are kept until they are in a checkpoint.
+        spool: a folder in which messages are kept until they are in two checkpoints.
         url: of the broker; `mqtts://` for TLS.
         session: its name at the broker, which keeps what comes while we are away; after the host, unless given.
         user: with the password that the environment variable `password_env` holds.

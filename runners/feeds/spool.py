@@ -47,6 +47,7 @@ class Spool:
         self._most = min(segment_bytes, most_bytes // 4)
         self._lock = Lock()
         self._sole = sole(directory, key="feed.spool", does="takes records in")
+        self._released: Mapping[str, Any] | None = None
         try:
             self._number = max(self._numbers(), default=1)
             self._file = self._path(self._number).open("ab", buffering=0)
@@ -116,9 +117,17 @@ class Spool:
         self._number, self._file = self._number + 1, following
         self._sync_directory()
 
+    def has_room(self) -> bool:
+        """Say whether more may come, or should wait until some is released; of what was, all goes that is in the way.
+
+        The last segment never goes, whatever its size.
+        """
+        if self._crowded and self._released is not None:
+            self.prune(self._released)
+        return not self._crowded
+
     @property
-    def full(self) -> bool:
-        """Whether more should wait elsewhere until some is pruned; the last segment never is, whatever its size."""
+    def _crowded(self) -> bool:
         return self._size >= self._most_in_all and len(self._numbers()) > 1
 
     def first(self) -> dict[str, int]:
@@ -159,6 +168,15 @@ class Spool:
                     offset += len(line)
                     yield line, {"segment": segment, "offset": offset}
             segment, offset = segment + 1, 0
+
+    def release(self, place: Mapping[str, Any]) -> None:
+        """Take note that what comes before a place is in a checkpoint, and remove what was in the one before it, too.
+
+        So whoever falls back by one checkpoint finds what came after it, as far as there is room for it.
+        """
+        before, self._released = self._released, place
+        if before is not None:
+            self.prune(before)
 
     def prune(self, place: Mapping[str, Any]) -> None:
         """Remove the segments that end before a place."""

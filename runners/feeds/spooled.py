@@ -42,7 +42,7 @@ class Inlet(Protocol):
 
 
 class Spooled:
-    """What comes is on the disk before it is learned, and stays there until it is in a checkpoint.
+    """What comes is on the disk before it is learned, and stays there until it is in two checkpoints.
 
     Args:
         inlet: fills the spool.
@@ -97,9 +97,9 @@ class Spooled:
         return messages
 
     def commit(self, place: Place) -> None:
-        """Remove what is safe; what cannot be removed now is when the next checkpoint is there."""
+        """Release what is safe; what cannot be removed now is when the next checkpoint is there."""
         with suppress(OSError):
-            self._spool.prune(place)
+            self._spool.release(place)
 
     def close(self) -> None:
         """Close the inlet and the spool."""

@@ -104,8 +104,8 @@ def stdin(
     """Read standard input, a record a line, to its end.
 
     Args:
-        spool: a folder in which lines are kept until they are in a checkpoint; left out, a crash costs what was read
-            since the last one.
+        spool: a folder in which lines are kept until they are in two checkpoints; left out, a crash costs what was
+            read since the last one.
         format: of a line: a JSON object, or a row of CSV, without a header.
         delimiter: of CSV.
         descriptor: of the pipe; standard input, unless given.
