@@ -176,11 +176,12 @@ class Daemon:
         self.health.connected = feed.connected  # before it is told: who hears of it finds it so
         if changed:
             self._log.warning("feed connected" if feed.connected else "feed disconnected", feed=feed.name)
-        for why, count in feed.resets.items():
+        resets = {**feed.resets, **(self._saver.resets if self._saver else {})}
+        for why, count in resets.items():
             if count > self._resets.get(why, 0):
                 self._log.warning("position lost", feed=feed.name, reason=why, so_far=count)
-        self._resets = dict(feed.resets)
-        self.metrics.observe_feed(connected=feed.connected, lag=feed.lag(), resets=feed.resets, failures=feed.failures)
+        self._resets = resets
+        self.metrics.observe_feed(connected=feed.connected, lag=feed.lag(), resets=resets, failures=feed.failures)
 
     def _observe_refused(self) -> None:
         letters = self._session.dead_letters

@@ -15,6 +15,7 @@ from structlog.stdlib import BoundLogger
 from monitoring.metrics import Metrics
 from runners import session, warm_start
 from runners.dead_letters import can_be_written
+from runners.feeds import NONE
 from runners.history import known
 from runners.session import Session
 from runners.settings import Configuration
@@ -57,6 +58,9 @@ class Saver:
         running: feed and engine.
         metrics: to be told.
         log: structlog's.
+
+    Attributes:
+        resets: how often the feed's position was lost by falling back to an earlier checkpoint, by reason.
     """
 
     def __init__(self, running: Session, metrics: Metrics, log: BoundLogger) -> None:
@@ -72,6 +76,7 @@ class Saver:
         self._covered_steps = 0
         self.covered = 0
         self.position: Mapping[str, Any] = {}
+        self.resets = NONE
         self._lasting = lasting(running.configuration, running.engine)
         probe(self.settings.directory)
         self._lock = sole(self.settings.directory, key="checkpoint.directory", does="saves")
@@ -94,6 +99,10 @@ class Saver:
                 damage.append(error)
                 continue
             self._take_up(position, "fallback" if attempt else "success")
+            if attempt and not self._session.feed.capabilities.replayable:
+                # A group is told of the newest checkpoint all the same: to tell it one later would bring all records
+                # between the two again at every start, for the sake of a disk that hardly ever fails.
+                self.resets = {"acknowledged": 1}
             self._log.info("restored", path=str(path), records=self._session.engine.records)
             return
         if damage:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from runners.bench.kill import RECORDS, TABLE, arguments, ended, in_a_child, kill_loop, write_table
-from runners.feeds import NONE, REPLAYABLE, DeadLetter
+from runners.feeds import NONE, REPLAYABLE, Capabilities, DeadLetter
 from runners.feeds.joined import Joined
 from runners.settings import load
 from streamkd import UNLABELLED, Batch, checkpoint
@@ -62,6 +62,13 @@ def batches(*names: Sequence[str], labels: bool = False) -> Given:
             Batch(torch.zeros(len(some), 1), torch.tensor(y).long(), tuple(some), position={"given": number + 1})
         )
     return Given(made)
+
+
+@pytest.mark.parametrize("weaker", [Capabilities(replayable, "at least once") for replayable in (True, False)])
+def test_together_they_promise_what_the_weaker_one_does(weaker: Capabilities) -> None:
+    feed, labels = batches(), batches(labels=True)
+    labels.capabilities = weaker
+    assert joined(feed, labels)[0].capabilities == joined(labels, feed)[0].capabilities == weaker
 
 
 def joined(feed: Given, labels: Given, capacity: int = 100, seconds: float = 0.0) -> tuple[Joined, list[DeadLetter]]:

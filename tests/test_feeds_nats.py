@@ -97,6 +97,21 @@ def test_with_a_durable_consumer_it_keeps_the_laws_of_feeds(law: Law, broker: Br
     law(stand(broker, durable="d"))
 
 
+def test_a_durable_consumer_goes_back_to_where_a_checkpoint_is(broker: Broker) -> None:
+    """What it was told of a later one is given again, so nothing is lost where that one was damaged."""
+    made = stand(broker, durable="d")
+    made.publish(conformance.rows(0, 40))
+    feed = made.open(refuse=lambda _: None)
+    position = taken(feed, 20)[-1].position
+    feed.commit(taken(feed, 20)[-1].position)
+    feed.close()
+    again = made.open(refuse=lambda _: None)
+    again.seek(position)
+    assert again.capabilities.replayable
+    assert names(taken(again, 20)) == [f"r{n}" for n in range(20, 40)]
+    again.close()
+
+
 def test_what_a_durable_consumer_lost_while_nobody_read_is_told(broker: Broker) -> None:
     made = stand(broker, durable="d")
     made.publish(conformance.rows(0, 20))

@@ -203,6 +203,26 @@ def test_a_position_that_was_lost_while_nothing_ran_is_told(broker: Broker, tabl
         assert waited(lambda: wanted in fetched(port, "/metrics")[1])
 
 
+def test_what_a_group_was_told_of_a_checkpoint_that_was_damaged_since_is_a_lost_position(
+    broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stand(broker).publish(conformance.rows(0, 600))
+    settings = ["feed.kind=redis", f"feed.url={url(broker)}", "feed.stream=s", "feed.label=y", "feed.ignore=id"]
+    settings += ["feed.group=g", "feed.consumer=c", "http.port=0", "checkpoint.directory=saved"]
+    command = ["run", "default", *(f"--set={setting}" for setting in settings)]
+    assert streamkd(monkeypatch, *command, "--set=feed.follow=false", "--set=checkpoint.every_records=200") == 0
+    newest, before = checkpoint.found(Path("saved"))[:2]
+    (newest / "tensors.pt").write_bytes(b"nothing")
+    with started(*command) as daemon:
+        port = told(daemon, "listening")["port"]
+        assert told(daemon, "restored")["path"].endswith(before.name)
+        entry = told(daemon, "position lost")
+        assert (entry["reason"], entry["so_far"], entry["level"]) == ("acknowledged", 1, "warning")
+        wanted = 'streamkd_feed_position_resets_total{feed="redis",reason="acknowledged"} 1.0'
+        assert waited(lambda: wanted in fetched(port, "/metrics")[1])
+
+
 @pytest.mark.parametrize(
     ("options", "told_"),
     [

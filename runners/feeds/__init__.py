@@ -80,8 +80,9 @@ class Capabilities:
 
 
 REPLAYABLE = Capabilities(replayable=True, promise="effectively once")
-RESETS = ("trimmed", "recreated")
-"""Why a position can be lost: retention took the records after it, or they are of another stream altogether."""
+RESETS = ("trimmed", "recreated", "acknowledged")
+"""Why a position can be lost: retention took the records after it, or they are of another stream altogether; or it is
+that of a checkpoint before a damaged one, and a source that keeps the position itself was told of the later one."""
 STAGES = ("read", "commit")
 """At which a source can fail."""
 NONE: Mapping[str, int] = MappingProxyType({})

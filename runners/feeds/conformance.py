@@ -101,10 +101,10 @@ def from_every_position_come_exactly_the_records_after_it(stand: Stand) -> None:
 
 
 def what_is_not_committed_comes_again(stand: Stand) -> None:
-    """At least once, of feeds that are not replayable: the source is told by `commit`, and by nothing else."""
+    """At least once, of feeds that promise it: the source is told by `commit`, and by nothing else."""
     stand.publish(rows(0, 60))
     with _opened(stand) as feed:
-        if feed.capabilities.replayable:
+        if feed.capabilities.promise != "at least once":
             return
         batches = [_next(feed) for _ in range(4)]
         feed.commit(batches[1].position)

@@ -80,7 +80,8 @@ class Sequences:
     """
 
     def __init__(self, url: str, stream: str, subject: str, options: Mapping[str, Any], durable: str = "") -> None:
-        self.capabilities = Capabilities(replayable=False, promise="at least once") if durable else REPLAYABLE
+        # A durable consumer is made anew wherever a checkpoint says; it tells only who comes without one.
+        self.capabilities = Capabilities(replayable=True, promise="at least once") if durable else REPLAYABLE
         self.lag: Mapping[str, int] = NONE
         self.ended = False
         self._nats = imported("nats", "nats", "feed.kind = 'nats'")

@@ -39,7 +39,9 @@ class Joined:
         self.name = feed.name
         self.shape = feed.shape
         # Together they promise what the weaker one does.
-        self.capabilities = min(feed.capabilities, labels.capabilities, key=lambda one: one.replayable)
+        self.capabilities = min(
+            feed.capabilities, labels.capabilities, key=lambda one: (one.replayable, one.promise == "effectively once")
+        )
         self._feed, self._labels = feed, labels
         self._capacity, self._seconds, self._clock, self._refuse = capacity, seconds, clock, refuse
         self._waiting: OrderedDict[str, float] = OrderedDict()
