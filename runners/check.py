@@ -40,7 +40,7 @@ def check(configuration: Configuration, console: Console) -> None:
     session.prepare_torch(configuration)
     refused: list[DeadLetter] = []
     configuration.open_predictions().close()
-    feed = configuration.open_feed(refused.append)
+    feed = configuration.knowing(saver.learned(configuration.checkpoint.directory)).open_feed(refused.append)
     try:
         engine = build_engine(configuration, feed.shape)
         few = configuration.model_copy(update={"batch": FIRST_RECORDS})

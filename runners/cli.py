@@ -77,12 +77,13 @@ def run(config: str, *, set_: Set = ()) -> None:
     config
         A TOML file, or the name of a shipped configuration.
     """
-    from runners import logs, session
+    from runners import logs, saver, session
     from runners.daemon import Daemon
     from runners.settings import load
 
     configuration = load(config, set_)
-    with closing(session.start(configuration)) as running:
+    learned = saver.learned(configuration.checkpoint.directory)
+    with closing(session.start(configuration, learned=learned)) as running:
         log = logs.configure(configuration.log.level)
         Daemon(running, log, reload=lambda: load(config, set_)).run()
 

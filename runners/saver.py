@@ -233,6 +233,18 @@ class Saver:
         self._log.error("checkpoint failed", directory=str(self.settings.directory), reason=self._failure)
 
 
+def learned(directory: Path) -> Sequence[str]:
+    """Return the columns that the newest whole checkpoint has learned, in order; none where there is none."""
+    for path in checkpoint.found(directory):
+        try:
+            checkpoint.verify(path)
+        except DamagedError:
+            continue
+        columns: list[str] = checkpoint.about(path).get("feed", {}).get("columns", [])
+        return columns
+    return ()
+
+
 def none_whole(directory: Path, damage: Sequence[DamagedError]) -> CheckpointError:
     """Return what is said of a directory in which no checkpoint can be used; what is wrong, the newest's first."""
     return CheckpointError(

@@ -4,7 +4,7 @@ import gc
 import json
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -115,8 +115,15 @@ def _letter(fault: Fault, batch: Batch) -> DeadLetter:
     return DeadLetter("non_finite_step", "an update on this record alone is not finite", raw, {"batch_position": place})
 
 
-def start(configuration: Configuration, clock: Callable[[], float] = time.perf_counter) -> Session:
+def start(
+    configuration: Configuration, clock: Callable[[], float] = time.perf_counter, *, learned: Sequence[str] = ()
+) -> Session:
     """Open the feed and build the engine for it.
+
+    Args:
+        configuration: of both.
+        clock: reads seconds.
+        learned: columns of a checkpoint from which it is to go on, see `Configuration.knowing`.
 
     Raises:
         StreamkdError: with the exit code of the process.
@@ -124,7 +131,7 @@ def start(configuration: Configuration, clock: Callable[[], float] = time.perf_c
     prepare_torch(configuration)
     kind = configuration.feed.kind if configuration.feed else ""
     dead_letters = DeadLetters(configuration.dead_letters, kind)
-    feed = configuration.open_feed(dead_letters)
+    feed = configuration.knowing(learned).open_feed(dead_letters)
     try:
         engine = build_engine(configuration, feed.shape, clock=clock)
         predictions = configuration.open_predictions()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from runners.feeds import KINDS, Feed, Refuse
+from runners.feeds import KINDS, STREAMS, Feed, Refuse
 from runners.feeds.ahead import Ahead
 from runners.feeds.delayed import Delayed
 from runners.feeds.joined import Joined
@@ -104,6 +104,17 @@ class Configuration(EngineSettings):
             FeedError: it cannot be reached.
         """
         return Predictions(make(self.predictions, SINKS, "predictions"))
+
+    def knowing(self, columns: Sequence[str]) -> "Configuration":
+        """Return what opens a stream of columns that are known; what waits there now may have others, or be nothing.
+
+        Args:
+            columns: that a checkpoint has learned, in order; none: they have to be found out.
+        """
+        if not columns or self.feed is None or self.feed.kind not in STREAMS:
+            return self
+        feed = Part.model_validate({**self.feed.model_dump(), "learned": list(columns)})
+        return self.model_copy(update={"feed": feed})
 
     def open_feed(self, refuse: Refuse) -> Feed:
         """Open the feed.

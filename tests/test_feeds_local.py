@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from stack import taken
+from test_commands import streamkd
 
 from runners.bench.kill import (
     TABLE,
@@ -194,6 +195,24 @@ def test_who_notices_a_rotation_late_loses_nothing(tmp_path: Path) -> None:
     append(path, "json", rows(15, 20))
     assert polled(feed) == names(10, 20)
     feed.close()
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+def test_a_run_goes_on_before_the_file_begun_by_a_rotation_has_a_line(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "log"
+    settings = ["feed.kind=tail", "feed.path=log", f"feed.format={kind}", "feed.label=y", "feed.ignore=id"]
+    settings += ["feed.follow=false", "feed.wait_seconds=0.1", "http.port=0", "checkpoint.directory=saved"]
+    command = ["run", "default", *(f"--set={setting}" for setting in settings)]
+    append(path, kind, rows(0, 100))
+    assert streamkd(monkeypatch, *command) == 0
+    append(path, kind, rows(100, 120))
+    path.rename(tmp_path / "log.1")
+    path.touch()
+    assert streamkd(monkeypatch, *command) == 0
+    assert checkpoint.about(checkpoint.found(Path("saved"))[0])["records"] == 120
 
 
 def test_a_line_is_not_read_before_it_is_whole(tmp_path: Path) -> None:

@@ -223,6 +223,47 @@ def test_what_a_group_was_told_of_a_checkpoint_that_was_damaged_since_is_a_lost_
         assert waited(lambda: wanted in fetched(port, "/metrics")[1])
 
 
+@pytest.mark.parametrize("left", [5, 0])
+def test_a_run_that_goes_on_learns_the_columns_of_its_checkpoint_whatever_waits(
+    left: int, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else records of today have, and though there may be none."""
+    monkeypatch.chdir(tmp_path)
+    made = stand(broker)
+    made.publish(conformance.rows(0, 100))
+    settings = ["feed.kind=redis", f"feed.url={url(broker)}", "feed.stream=s", "feed.label=y", "feed.ignore=id"]
+    settings += ["feed.follow=false", "feed.wait_seconds=0.1", "http.port=0", "checkpoint.directory=saved"]
+    command = ["default", *(f"--set={setting}" for setting in settings)]
+    assert streamkd(monkeypatch, "run", *command) == 0
+    made.publish(conformance.rows(100, 120, new=1))
+    assert streamkd(monkeypatch, "run", *command) == 0
+    assert made.forget is not None
+    made.forget(120 - left)
+    for begun in ("check", "run"):
+        assert streamkd(monkeypatch, begun, *command) == 0
+    made.publish(conformance.rows(120, 130, new=1))
+    assert streamkd(monkeypatch, "run", *command) == 0
+    assert checkpoint.about(checkpoint.found(Path("saved"))[0])["records"] == 130
+    (tmp_path / "saved").rename(tmp_path / "elsewhere")
+    assert streamkd(monkeypatch, "run", *command) == 0
+    about = checkpoint.about(checkpoint.found(Path("saved"))[0])
+    assert (about["records"], about["feed"]["columns"]) == (left + 10, ["a", "b", "new"])
+
+
+@pytest.mark.parametrize("setting", ["feed.ignore=b", "feed.categorical=new"])
+def test_other_columns_than_those_of_the_checkpoint_are_refused(
+    setting: str, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stand(broker).publish(conformance.rows(0, 100))
+    settings = ["feed.kind=redis", f"feed.url={url(broker)}", "feed.stream=s", "feed.label=y", "feed.id=id"]
+    settings += ["feed.follow=false", "http.port=0", "checkpoint.directory=saved"]
+    command = ["run", "default", *(f"--set={setting}" for setting in settings)]
+    assert streamkd(monkeypatch, *command) == 0
+    assert streamkd(monkeypatch, *command, f"--set={setting}") == 4
+    assert "its columns are not those of the checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "told_"),
     [

@@ -26,6 +26,8 @@ KINDS = {
     "torchvision": "runners.feeds.images:torchvision",
 }
 """The feeds that ship with streamkd, by `feed.kind`."""
+STREAMS = ("redis", "nats", "kafka", "mqtt", "http", "tail", "stdin")
+"""Those among them whose columns are, unless given, the keys of the first records that are found there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -139,6 +139,7 @@ class Reading(Settings):
         follow: wait for more at the end; false: end there.
         wait_seconds: for a first record, where `columns` are left out.
         labels_only: the records are labels of another feed's.
+        learned: columns of the checkpoint from which the process goes on; it tells them, and the user need not.
     """
 
     label: Name
@@ -156,6 +157,15 @@ class Reading(Settings):
     follow: bool = True
     wait_seconds: Annotated[float, Field(ge=0)] = 10.0
     labels_only: bool = False
+    learned: Names = ()
+
+    @property
+    def known(self) -> Names:
+        """All columns, where the stream need not be looked at for them."""
+        given = self.columns or (self.learned and (*self.learned, *self.categorical, *self.ignore))
+        if not given and not self.labels_only:
+            return ()
+        return tuple(dict.fromkeys([*given, *filter(None, (self.label, self.id, self.time))]))
 
 
 ASSIGNED = {"id", "time", "label", "categorical", "ignore", "buckets", "missing", "labels_only"}
@@ -416,7 +426,7 @@ def open_stream(
         unless_it_fits.callback(source.close)
         try:
             place = source.open(None, settings.start)
-            first = [] if settings.columns or settings.labels_only else _look(source, settings.wait_seconds)
+            first = [] if settings.known else _look(source, settings.wait_seconds)
         except UnreachableError as error:
             raise unreachable(*_address(about), str(error)) from error
         columns = assign(
@@ -448,8 +458,8 @@ def _columns(
     settings: Reading,
     about: Mapping[str, str],
 ) -> list[str]:
-    if settings.columns or settings.labels_only:
-        return list(dict.fromkeys([*settings.columns, *filter(None, (settings.label, settings.id, settings.time))]))
+    if settings.known:
+        return list(settings.known)
     where = f"feed.{about['key']} = {about['stream']!r}"
     if not first:
         raise FeedError(

@@ -165,7 +165,7 @@ class Tail:
         Until then, whoever writes may not have noticed, and still be writing to this one.
         """
         held = os.fstat(file.fileno())
-        there = self._siblings()
+        there = _siblings(self._path)
         if not there or there[-1].path != self._path or there[-1].stat.st_ino == held.st_ino:
             return None
         at = _index(there, self._place())
@@ -175,26 +175,8 @@ class Tail:
             at = len(there) - 2
         return next((one for one in there[at + 1 :] if one.stat.st_size), None)
 
-    def _siblings(self) -> list[Sibling]:
-        """Return the file and those rotated away, whose names have a number or a date more, the oldest first."""
-        before: list[tuple[Path, int]] | None = None
-        while True:  # until it is the same twice: one that is renamed meanwhile may not be seen at all
-            with suppress(FileNotFoundError):
-                there = self._look()
-                now = [(one.path, one.stat.st_ino) for one in there]
-                if now == before:
-                    return there
-                before = now
-
-    def _look(self) -> list[Sibling]:
-        beside = self._path.parent.glob(f"{escape(self._path.name)}[.-][0-9]*")
-        rotated = {path for path in beside if path.is_file()}
-        packing = {path.with_name(f"{path.name}.gz") for path in rotated}
-        ages = sorted((Sibling(path, path.stat()) for path in rotated - packing), key=lambda one: one.stat.st_mtime_ns)
-        return [*ages, Sibling(self._path, self._path.stat())] if self._path.exists() else ages
-
     def _find(self, place: Place) -> Sibling:
-        there = self._siblings()
+        there = _siblings(self._path)
         at = _index(there, place)
         if at is not None:
             return there[at]
@@ -220,6 +202,26 @@ class Tail:
 
 def _unreadable(error: Exception) -> UnreachableError:
     return UnreachableError(getattr(error, "strerror", None) or str(error))
+
+
+def _siblings(path: Path) -> list[Sibling]:
+    """Return a file and those rotated away, whose names have a number or a date more, the oldest first."""
+    before: list[tuple[Path, int]] | None = None
+    while True:  # until it is the same twice: one that is renamed meanwhile may not be seen at all
+        with suppress(FileNotFoundError):
+            there = _look(path)
+            now = [(one.path, one.stat.st_ino) for one in there]
+            if now == before:
+                return there
+            before = now
+
+
+def _look(path: Path) -> list[Sibling]:
+    beside = path.parent.glob(f"{escape(path.name)}[.-][0-9]*")
+    rotated = {one for one in beside if one.is_file()}
+    packing = {one.with_name(f"{one.name}.gz") for one in rotated}
+    ages = sorted((Sibling(one, one.stat()) for one in rotated - packing), key=lambda one: one.stat.st_mtime_ns)
+    return [*ages, Sibling(path, path.stat())] if path.exists() else ages
 
 
 def _index(there: Sequence[Sibling], place: Place) -> int | None:
@@ -296,8 +298,10 @@ def tail(
 
 def _header(path: Path, delimiter: str) -> tuple[str, ...]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            names = tuple(name.strip() for name in file.readline().split(delimiter))
+        # Where the newest was begun just now, one that was rotated away tells.
+        written = next((one for one in reversed(_siblings(path)) if one.stat.st_size), None)
+        with written.open() if written else path.open("rb") as file:
+            names = tuple(name.strip() for name in file.readline().decode("utf-8-sig").split(delimiter))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"feed.path = {str(path)!r}: its first line cannot be read: {error}") from None
     return names
