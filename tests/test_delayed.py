@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 
 from runners.feeds.delayed import Delayed
 from runners.feeds.drifting import drifting
+from runners.feeds.files import text_file
 from runners.settings import load
 from streamkd import UNLABELLED, Batch
 from streamkd.errors import ConfigError
@@ -47,6 +50,16 @@ def test_from_any_position_come_the_labels_still_withheld() -> None:
         again.seek(batch.position)
         rest = drained(again, 16)
         assert [(later.ids, later.late) for later in rest] == [(later.ids, later.late) for later in batches[cut + 1 :]]
+
+
+def test_records_keep_their_ids_and_one_that_comes_again_has_the_label_of_the_later(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("id,x,y\na,1,0\nb,2,1\na,3,2\nc,4,0\nb,5,\nd,6,1\n", encoding="utf-8")
+    made = Delayed(text_file(path, kind="csv", label="y", id="id", max_classes=3, refuse=lambda _: None), 1)
+    batches = drained(made, 3)
+    made.close()
+    assert [batch.ids for batch in batches] == [("a", "b", "a"), ("c", "b", "d"), ()]
+    assert [dict(batch.late) for batch in batches] == [{}, {"a": 2}, {"c": 0, "d": 1}]
 
 
 def test_it_is_a_feed_like_any_other() -> None:

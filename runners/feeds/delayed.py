@@ -1,6 +1,6 @@
 """Labels that come later than their records: question first, answer after, as in a running system."""
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +13,8 @@ from streamkd.batch import UNLABELLED, Batch
 class Delayed:
     """A feed whose labels are withheld until `delay` more records were given (after river's simulated delay).
 
-    Records get ids in order of arrival. After the last record come the labels still withheld.
+    Records without ids are numbered in order of arrival. Where an id comes again while its label is withheld, the
+    earlier record gets none: only the later one waits under it. After the last record come the labels still withheld.
 
     Args:
         feed: the records, with their labels.
@@ -27,7 +28,7 @@ class Delayed:
         self._feed = feed
         self._delay = delay
         self._given = 0
-        self._withheld: deque[tuple[int, int]] = deque()
+        self._withheld: OrderedDict[str, tuple[int, int]] = OrderedDict()  # id -> number of the record, its label
         self._inner: Mapping[str, Any] = {}
 
     def poll(self, records: int) -> Batch | None:
@@ -38,29 +39,37 @@ class Delayed:
         x = batch.x if batch is not None else torch.zeros(0, *self.shape)
         labels = batch.y.tolist() if batch is not None else []
         self._inner = batch.position if batch is not None else self._inner
-        ids = range(self._given, self._given + len(labels))
         earlier, self._given = self._given, self._given + len(labels)
-        self._withheld.extend((name, y) for name, y in zip(ids, labels, strict=True) if y != UNLABELLED)
+        numbers = range(earlier, self._given)
+        ids = batch.ids if batch is not None and batch.ids else tuple(map(str, numbers))
+        for name, number, y in zip(ids, numbers, labels, strict=True):
+            self._withheld.pop(name, None)
+            if y != UNLABELLED:
+                self._withheld[name] = number, y
         # An answer comes after its question, and so with a later batch, however short the delay.
         due = min(self._given - self._delay, earlier) if batch is not None else self._given
         late: dict[str, int] = {}
-        while self._withheld and self._withheld[0][0] < due and len(late) < max(records, len(labels)):
-            name, y = self._withheld.popleft()
-            late[str(name)] = y
+        while self._withheld and len(late) < max(records, len(labels)):
+            name, (number, y) = next(iter(self._withheld.items()))
+            if number >= due:
+                break
+            late[name] = y
+            del self._withheld[name]
         unknown = torch.full((len(labels),), UNLABELLED)
         raw, times = (batch.raw, batch.times) if batch is not None else ((), ())
-        return Batch(x, unknown, ids=tuple(map(str, ids)), late=late, position=self.position(), raw=raw, times=times)
+        return Batch(x, unknown, ids=ids, late=late, position=self.position(), raw=raw, times=times)
 
     def position(self) -> dict[str, Any]:
         """Return the position of the records, and the labels withheld."""
-        return {"feed": dict(self._inner), "given": self._given, "withheld": [list(pair) for pair in self._withheld]}
+        withheld = [[name, number, y] for name, (number, y) in self._withheld.items()]
+        return {"feed": dict(self._inner), "given": self._given, "withheld": withheld}
 
     def seek(self, position: Mapping[str, Any]) -> None:
         """Go on after the batch that carried `position`."""
         self._feed.seek(position["feed"])
         self._inner = position["feed"]
         self._given = position["given"]
-        self._withheld = deque((name, y) for name, y in position["withheld"])
+        self._withheld = OrderedDict((name, (number, y)) for name, number, y in position["withheld"])
 
     def adopt(self, classes: Sequence[str]) -> None:
         """Number these labels first."""
