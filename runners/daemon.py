@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from threading import Timer
 from types import FrameType
@@ -22,6 +22,7 @@ from runners.notify import WATCHDOG, notify
 from runners.saver import Saver
 from runners.session import Session
 from runners.settings import RELOADABLE, Configuration, changes
+from streamkd.batch import Batch
 from streamkd.engine import Engine
 from streamkd.errors import CheckpointError, ConfigError, StreamkdError
 from streamkd.report import SERVED, Report
@@ -109,12 +110,14 @@ class Daemon:
                 self._loop()
                 self._enter("draining")
                 notify("STOPPING=1")
+                if self._saver:
+                    self._saver.save()
             except BaseException:
                 self._enter("failed")
                 raise
             finally:
                 if self._saver:
-                    self._saver.close(save=self.health.state == "draining")
+                    self._saver.close()
             self._patience.cancel()
             self._enter("stopped")
             engine = self._session.engine
@@ -139,7 +142,7 @@ class Daemon:
         while not self._stop:
             predictions.catch_up()
             full = predictions.full  # then what comes waits in the feed
-            batch = None if full else self._session.poll()
+            batch = None if full else self._poll()
             self._progress()
             self._observe_feed()
             if self._hung_up:
@@ -163,6 +166,16 @@ class Daemon:
             if self._saver:
                 self._saver.after(report.position)
         self._log.info("stopping", reason="signal")
+
+    def _poll(self) -> Batch | None:
+        """Return what the feed gives next; where it cannot go on, what was learned is saved first."""
+        try:
+            return self._session.poll()
+        except StreamkdError:  # between two steps: the state is whole, and its position is known
+            if self._saver:
+                with suppress(CheckpointError):  # which was logged; the feed's error is the one to mend
+                    self._saver.save()
+            raise
 
     def _tell_uncompiled(self) -> None:
         trouble = self._session.engine.cohort.uncompiled

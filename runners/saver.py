@@ -163,25 +163,30 @@ class Saver:
         late = every.every_seconds and time.monotonic() - self._staged_at >= every.every_seconds
         return bool(late) or records - self._staged_records >= every.every_records
 
-    def close(self, *, save: bool) -> None:
-        """Wait for the save that is under way; with `save`, make a last one of all that was learned since.
+    def save(self) -> None:
+        """Save all that was learned since the last save, and wait until it is on disk.
 
         Raises:
-            CheckpointError: the last one could not be made.
+            CheckpointError: it could not be saved.
         """
         engine = self._session.engine
         if self._writing is not None:
             self._collect()
-        if save and engine.steps > self._covered_steps:
+        if engine.steps > self._covered_steps:
             self._stage()
             self._collect()
-        self._thread.shutdown()
-        self._lock.close()
-        if save and engine.steps > self._covered_steps:
+        if engine.steps > self._covered_steps:
             raise CheckpointError(
                 f"checkpoint.directory = {str(self.settings.directory)!r}: the last save failed ({self._failure}); "
                 f"what was learned after record {self.covered:,} will be learned again by the next run"
             )
+
+    def close(self) -> None:
+        """Wait for the save that is under way, and let others save there."""
+        if self._writing is not None:
+            self._collect()
+        self._thread.shutdown()
+        self._lock.close()
 
     def _stage(self) -> None:
         engine, began = self._session.engine, time.perf_counter()

@@ -141,6 +141,19 @@ def test_a_run_by_id_ends_where_one_on_a_file_ends(table: list[str]) -> None:
     assert about[0]["peers"] == about[1]["peers"]
 
 
+def test_what_was_learned_is_saved_where_the_group_has_gone(broker: Broker, table: list[str]) -> None:
+    stand(broker)
+    publish(broker, drifting()[:400])
+    command = arguments("default", Path("saved"), [*table, "feed.group=g", "feed.consumer=c", "labels.delay=0"])
+    with started(*command, "--set=log.level=info", "--set=checkpoint.every_records=100000") as daemon:
+        port = told(daemon, "listening")["port"]
+        assert waited(lambda: '_feed_records_total{feed="redis"} 400.0' in fetched(port, "/metrics")[1])
+        with redis.Redis.from_url(url(broker)) as client:
+            client.flushall()
+        assert daemon.wait(PATIENCE) == 3
+    assert checkpoint.about(checkpoint.newest(Path("saved")))["records"] == 400
+
+
 def acknowledged(broker: Broker) -> int:
     with redis.Redis.from_url(url(broker)) as client:
         return sum(

@@ -137,6 +137,29 @@ def test_a_feed_of_broken_rows_stops_the_run_on_one_screen(
     assert "Traceback" not in message
 
 
+def test_what_was_learned_before_the_feed_could_not_go_on_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    table(Path("d.csv"), 450)
+    with Path("d.csv").open("a", encoding="utf-8") as file:
+        file.write("broken\n" * 1_000)
+    assert run_once(monkeypatch) == 2
+    about = checkpoint.about(checkpoint.newest(Path("saved")))
+    assert (about["records"], about["position"]["line"]) == (448, 450)  # in batches of 16
+    assert run_once(monkeypatch, "dead_letters.max_share=1.0") == 0
+    assert checkpoint.about(checkpoint.newest(Path("saved")))["records"] == 450
+
+
+def test_a_last_save_that_fails_does_not_hide_why_the_feed_could_not_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"), 450)
+    with Path("d.csv").open("a", encoding="utf-8") as file:
+        file.write("broken\n" * 1_000)
+    assert run_once(monkeypatch, "dead_letters.path=/dev/full", "dead_letters.max_bytes=0") == 2
+    log = capsys.readouterr().err
+    assert "checkpoint failed" in log
+    assert "dead_letters.max_share = 0.5" in log
+
+
 def test_dead_letters_wait_for_a_disk_that_is_full_and_are_written_whole() -> None:
     letters = DeadLetters(DeadLetterSettings(path=Path("refused")), "csv")
     letters(letter(1))

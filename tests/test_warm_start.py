@@ -109,8 +109,9 @@ def saving(made: Session) -> Iterator[Saver]:
     try:
         saver.restore()
         yield saver
+        saver.save()
     finally:
-        saver.close(save=True)
+        saver.close()
 
 
 def learned(made: Session, saver: Saver, batches: int) -> None:
