@@ -1,7 +1,7 @@
 """The command line. Nothing heavy is imported before a command needs it, so that help comes at once."""
 
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -547,9 +547,10 @@ def main() -> None:
 
         from runners.passwords import masked
 
-        console = Console(stderr=True, highlight=False, emoji=False)
-        console.print("[bold red]streamkd:[/]", end=" ")
-        console.print(masked(str(error)), markup=False)
+        console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        with suppress(OSError, SystemExit):  # rich would end with 1 where nobody reads it
+            console.print("[bold red]streamkd:[/]", end=" ")
+            console.print(masked(str(error)), markup=False)
         sys.exit(error.exit_code)
 
 

@@ -219,6 +219,29 @@ def test_a_last_save_that_takes_too_long_is_not_waited_for(tmp_path: Path) -> No
         assert daemon.wait(PATIENCE) == 4
 
 
+@pytest.mark.parametrize("nobody_reads", [False, True])
+def test_learning_goes_on_where_the_log_cannot_be_written(*, nobody_reads: bool) -> None:
+    table(Path("d.csv"))
+    settings = ("feed.path=d.csv", "feed.label=y", "http.port=0", "log.every_records=16", "checkpoint.directory=saved")
+
+    def code(*more: str) -> int:
+        pairs = [f"--set={pair}" for pair in (*settings, *more)]
+        with (
+            Path("/dev/full").open("w", encoding="utf-8") as full,
+            subprocess.Popen(
+                [sys.executable, "-m", "runners.cli", "run", "default", *pairs],
+                stderr=subprocess.PIPE if nobody_reads else full,
+            ) as daemon,
+        ):
+            if daemon.stderr is not None:
+                daemon.stderr.close()
+            return daemon.wait(PATIENCE)
+
+    assert code() == 0
+    assert checkpoint.about(checkpoint.newest(Path("saved")))["records"] == 600
+    assert code("batch=0") == 2
+
+
 def test_a_warning_is_not_repeated_at_once_and_tells_how_often_it_was_kept_back(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
