@@ -100,6 +100,7 @@ class Metrics:
         self._joined = self._expired = 0
         self._seen_refused: dict[str, int] = {}
         self._seen_unwritten = dict.fromkeys(self._unwritten, 0)
+        self._lag: dict[str, int] = {}
         self._seen_resets: dict[str, int] = {}
         self._seen_failed: dict[str, int] = {}
 
@@ -179,7 +180,9 @@ class Metrics:
         """
         if report.drift:
             self._last_drift.set(now)
-        self._last, self._received = report, now
+        if report.size:  # a batch may hold late labels alone
+            self._received = now
+        self._last = report
         self._waiting.add(report)
 
     def _add_up(self, reports: Sequence[Report]) -> None:
@@ -269,12 +272,20 @@ class Metrics:
         self.record_age.observe(known.clip(min=0))
         self._untimed.inc(len(ages) - len(known))
 
-    def observe_refused(self, refused: Mapping[str, int], *, unwritten: int) -> None:
-        """Take in how many records were refused so far, by reason, and attempts to write them down that failed."""
+    def observe_refused(self, refused: Mapping[str, int], *, unwritten: int, now: float) -> None:
+        """Take in what was refused.
+
+        Args:
+            refused: records so far, by reason.
+            unwritten: attempts so far to write them down that failed.
+            now: seconds since the epoch.
+        """
         self._add_unwritten("dead_letter", unwritten)
         for reason, count in refused.items():
-            self._refused[reason].inc(count - self._seen_refused.get(reason, 0))
-            self._seen_refused[reason] = count
+            if more := count - self._seen_refused.get(reason, 0):
+                self._refused[reason].inc(more)
+                self._received = now
+        self._seen_refused = dict(refused)
 
     def observe_predictions(self, *, unwritten: int) -> None:
         """Take in how many attempts to write predictions failed so far."""
@@ -291,12 +302,13 @@ class Metrics:
 
         Args:
             connected: whether its source can be read.
-            lag: records that wait there, by partition.
+            lag: records that wait there, by partition; one that is no longer told of has moved away, and none wait.
             resets: positions lost so far, by reason.
             failures: of the source so far, by stage.
         """
         self._feed_connected.set(connected)
-        for partition, records in lag.items():
+        self._lag = {**dict.fromkeys(self._lag, 0), **lag}
+        for partition, records in self._lag.items():
             self.lag.labels(feed=self._feed, partition=partition).set(records)
         for reason, count in resets.items():
             self._resets[reason].inc(count - self._seen_resets.get(reason, 0))

@@ -198,7 +198,7 @@ class Daemon:
 
     def _observe_refused(self) -> None:
         letters = self._session.dead_letters
-        self.metrics.observe_refused(letters.counts, unwritten=letters.failures)
+        self.metrics.observe_refused(letters.counts, unwritten=letters.failures, now=time.time())
         if letters.failure:
             self._log.error("dead letters not written", reason=letters.failure)
 

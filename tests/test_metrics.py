@@ -77,7 +77,7 @@ def test_counters_add_up_to_what_the_reports_said() -> None:
     for batch in batches(late=True):
         reports.append(made.step(batch))
         metrics.observe(reports[-1], now=1000.0)
-        metrics.observe_refused({"width": len(reports)}, unwritten=0)
+        metrics.observe_refused({"width": len(reports)}, unwritten=0, now=1000.0)
     read = metrics.registry.get_sample_value
     assert read("streamkd_steps_total") == len(reports)
     assert read("streamkd_feed_records_total", {"feed": "file"}) == 1600
@@ -164,6 +164,41 @@ def test_ages_are_those_of_records_that_tell_and_the_future_is_new() -> None:
     assert [read("record_age_seconds_bucket", le=edge) for edge in ("0.1", "15.0", "+Inf")] == [1, 2, 3]
     assert read("record_age_seconds_sum") == 710
     assert read("feed_errors_total", stage="time", error_type="unreadable") == 1
+
+
+def test_nothing_waits_in_a_partition_that_moved_away() -> None:
+    metrics = metrics_of(engine())
+    waiting: list[list[float | None]] = []
+    for lag in ({"0": 5, "1": 100}, {"0": 3}, {"0": 2, "1": 7}):
+        metrics.observe_feed(connected=True, lag=lag, resets={}, failures={})
+        read = metrics.registry.get_sample_value
+        waiting.append([read("streamkd_feed_lag_records", {"feed": "file", "partition": one}) for one in ("0", "1")])
+    assert waiting == [[5, 100], [3, 0], [2, 7]]
+
+
+def test_records_are_received_learned_or_refused_and_labels_that_come_late_are_none() -> None:
+    made = engine()
+    metrics = metrics_of(made)
+    x, y = batches()[0].x, batches()[0].y
+    names = tuple(str(row) for row in range(len(x)))
+    received: list[float | None] = []
+
+    def note() -> None:
+        received.append(
+            metrics.registry.get_sample_value("streamkd_feed_last_record_received_timestamp_seconds", {"feed": "file"})
+        )
+
+    metrics.observe(made.step(Batch(x, torch.full_like(y, UNLABELLED), ids=names)), now=1000.0)
+    note()
+    late = dict(zip(names, y.tolist(), strict=True))
+    metrics.observe(made.step(Batch(x[:0], y[:0], late=late)), now=2000.0)
+    metrics.observe_refused({}, unwritten=0, now=2000.0)
+    note()
+    for now in (3000.0, 4000.0):
+        metrics.observe_refused({"width": 1}, unwritten=0, now=now)
+        note()
+    assert metrics.registry.get_sample_value("streamkd_labels_joined_total") == len(x)
+    assert received == [1000, 1000, 3000, 3000]
 
 
 def test_what_is_learned_without_a_label_is_counted_apart() -> None:
