@@ -200,8 +200,10 @@ def _write_tensors(path: Path, state: Mapping[str, Any]) -> None:
     try:
         with path.open("wb") as file:
             torch.save(dict(state), file)
-    except RuntimeError as error:  # what torch makes of a disk that is full
-        raise OSError(f"{path.name} could not be written: {error}") from error
+    except (OSError, RuntimeError) as error:
+        # Of a disk that is full torch tells where it stood in the file; why is in the error that it met.
+        met = error if isinstance(error, OSError) else error.__context__
+        raise OSError(f"{path.name} could not be written: {getattr(met, 'strerror', None) or error}") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Any]:

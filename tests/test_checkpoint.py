@@ -42,13 +42,14 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str, damage: st
         checkpoint.load(path)
 
 
-def test_a_disk_that_is_full_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", [0, 2_000, 5_000])
+def test_a_disk_that_is_full_leaves_nothing_behind_and_is_told(tmp_path: Path, room: int) -> None:
     first = saved(tmp_path, 1)
-
+    assert (first / "tensors.pt").stat().st_size > 5_000
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
-        with pytest.raises(OSError, match=r"tensors\.pt|large"):
+        with pytest.raises(OSError, match=r"tensors\.pt could not be written: File too large"):
             saved(tmp_path, 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
