@@ -12,6 +12,9 @@ FLOORS = {"streamkd": set(), "monitoring": {"streamkd"}, "runners": {"streamkd",
 OURS = set(FLOORS)
 NOT_IN_LEARNING = {"socket", "time", "datetime", "threading", "asyncio", "signal", "logging", "subprocess"}
 
+BESIDES = {"feeds", "test", "bench", "dev"}
+"""Extras that are not of one broker or format."""
+
 
 def imported(path: Path) -> set[str]:
     """Return the top-level names that a file imports, wherever in it."""
@@ -77,3 +80,11 @@ def test_the_configuration_example_of_the_readme_is_valid() -> None:
     for example in code_blocks("toml"):
         peers = tomllib.loads((ROOT / "runners/configurations/default.toml").read_text(encoding="utf-8"))["peers"]
         validate(Configuration, {"peers": peers, **tomllib.loads(example)})
+
+
+def test_the_image_has_the_clients_of_all_brokers() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert extras["feeds"] == [f"streamkd[{','.join(name for name in extras if name not in BESIDES)}]"]
+    assert "pip install --no-cache-dir '/src[feeds]'" in (ROOT / "runners" / "Containerfile").read_text(
+        encoding="utf-8"
+    )
