@@ -45,9 +45,9 @@ def main(
     given = of_file(data, label, batch, overrides)
     if not 0 < labels <= 1:
         raise ConfigError(f"--labels {labels}: a share; give one above 0, and 1 at the most")
-    if labels < 1 and load(config, overrides, given).labels.delay:
+    passes = [_of_history(load(config, overrides, {**given, "seed": seed})) for seed in seeds or (None,)]
+    if labels < 1 and passes[0].labels.delay:
         raise ConfigError(f"--labels {labels}: with labels.delay every label comes in the end; set one of the two")
-    passes = [load(config, overrides, {**given, "seed": seed}) for seed in seeds or (None,)]
     # Figures for machines alone on standard output; what is for people goes beside it.
     console = Console(stderr=json_to == "-")
     done = [_one(configuration, labels, console) for configuration in passes]
@@ -88,6 +88,14 @@ def kind_of(data: Path) -> str | None:
         return "images"
     suffixes = [suffix for suffix in data.suffixes if suffix != ".gz"]
     return KINDS.get(suffixes[-1].lower()) if suffixes else None
+
+
+def _of_history(configuration: Configuration) -> Configuration:
+    """Return a configuration by which labels come with their records, unless these have ids alone to join them by."""
+    options = configuration.feed.options if configuration.feed else {}
+    if options.get("id") and not options.get("label"):
+        return configuration
+    return configuration.model_copy(update={"labels": configuration.labels.model_copy(update={"feed": None})})
 
 
 def _one(configuration: Configuration, labels: float, console: Console) -> Evaluation:

@@ -108,7 +108,8 @@ def evaluate(
                 report = running.step(batch)
             else:
                 revealed = torch.rand(len(batch), generator=chance) < labels
-                report = running.step(replace(batch, y=torch.where(revealed, batch.y, UNLABELLED)))
+                # Without names, too: what is withheld never comes, and whoever has a name waits for it.
+                report = running.step(replace(batch, y=torch.where(revealed, batch.y, UNLABELLED), ids=()))
                 known = labelled(batch.y)
                 scored = score(list(report.peers), batch.y[known], report.log_p[:, known], report.served[known])
                 report = replace(report, scored=scored)

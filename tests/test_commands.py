@@ -287,6 +287,32 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def test_records_with_ids_give_the_same_figures_where_few_labels_are_revealed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header, *rows = table(Path("d.csv"), 1_600).read_text(encoding="utf-8").splitlines()
+    Path("d.csv").write_text(
+        "\n".join([f"{header},name", *(f"{row},r{n}" for n, row in enumerate(rows))]), encoding="utf-8"
+    )
+    found = []
+    for setting in ("feed.id=name", "feed.ignore=name"):
+        few = ("eval", "default", "d.csv", "--label", "y", "--labels", "0.1", "--json", "-", "--set", setting)
+        assert streamkd(monkeypatch, *few) == 0
+        figures = json.loads(capsys.readouterr().out)
+        found.append({key: value for key, value in figures.items() if "second" not in key})
+    assert found[0] == found[1]
+
+
+def test_a_history_has_its_labels_beside_it_wherever_those_of_the_stream_come_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(Path("d.csv"), 200)
+    apart = "labels.feed={kind='redis', url='redis://nowhere', stream='labels', id='name', label='y'}"
+    few = ("eval", "default", "d.csv", "--label", "y", "--json", "-", "--set", apart)
+    assert streamkd(monkeypatch, *few) == 0
+    assert json.loads(capsys.readouterr().out)["labelled"] == 200
+
+
 def run_once(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
     given = ["feed.path=d.csv", "feed.label=y", "http.port=0", "checkpoint.directory=saved", *overrides]
     return streamkd(monkeypatch, "run", "default", *(part for text in given for part in ("--set", text)))
