@@ -303,7 +303,7 @@ class Daemon:
         self._session.dead_letters.settings = found.dead_letters
         if self._saver:
             self._saver.settings = found.checkpoint
-        self._log = logs.configure(found.log.level)
+        logs.limit(found.log.level)
         self.metrics.reloaded.set(1)
         self._log.info("reloaded", changed={key: after for key, (_, after) in changed.items()})
 

@@ -1,6 +1,7 @@
 """Logs: JSON to standard error, or lines for a person where it is a terminal."""
 
 import logging
+import re
 import sys
 import time
 from collections.abc import MutableMapping
@@ -13,6 +14,12 @@ from runners.passwords import without_secrets
 
 QUIET_SECONDS = 10.0
 """A warning or error is not repeated sooner; how many were kept back is told with the next one."""
+TELLING = ("feed", "peer", "path", "reason")
+"""Fields by which two of the same event tell different things."""
+ANSWERS = frozenset({"reload refused"})
+"""Events that answer a signal: each is waited for."""
+NUMBERS = re.compile(r"\d+")
+"""Steps, records and addresses: with others of these, a reason is still the same."""
 
 
 def configure(level: str) -> structlog.stdlib.BoundLogger:
@@ -27,12 +34,18 @@ def configure(level: str) -> structlog.stdlib.BoundLogger:
             _masked,
             structlog.dev.ConsoleRenderer() if for_people else structlog.processors.JSONRenderer(),
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
         logger_factory=structlog.WriteLoggerFactory(Unfailing(sys.stderr)),  # type: ignore[arg-type]  # no more is asked of it
         cache_logger_on_first_use=False,
     )
+    limit(level)
     log: structlog.stdlib.BoundLogger = structlog.get_logger()
     return log
+
+
+def limit(level: str) -> None:
+    """Let every logger tell what is of a level and above, from now on; what was kept back stays counted."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(number))
 
 
 def _masked(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -58,20 +71,26 @@ class Unfailing:
 
 
 class Once:
-    """Lets a warning or error of one name through once in `QUIET_SECONDS`, with the number kept back since."""
+    """Lets a warning or error through once in `QUIET_SECONDS`, with the number kept back since.
+
+    Those are the same that have an event in common and what is `TELLING`.
+    """
 
     def __init__(self) -> None:
-        self._last: dict[str, float] = {}
-        self._suppressed: dict[str, int] = {}
+        self._last: dict[tuple[str, ...], tuple[float, int]] = {}
 
     def __call__(self, _logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """Return the event, or drop it."""
-        name, now = str(event.get("event")), time.monotonic()
-        if event.get("level") not in {"warning", "error"}:
+        if event.get("level") not in {"warning", "error"} or event.get("event") in ANSWERS:
             return event
-        if now - self._last.get(name, float("-inf")) < QUIET_SECONDS:
-            self._suppressed[name] = self._suppressed.get(name, 0) + 1
+        now = time.monotonic()
+        told = [str(event.get(field, "")) for field in ("event", *TELLING)]
+        key = (*told[:-1], NUMBERS.sub("", told[-1]))
+        last, suppressed = self._last.get(key, (float("-inf"), 0))
+        if now - last < QUIET_SECONDS:
+            self._last[key] = last, suppressed + 1
             raise structlog.DropEvent
-        self._last[name] = now
-        suppressed = self._suppressed.pop(name, 0)
+        # Others that were told long ago and never again are forgotten: reasons may be without number.
+        self._last = {one: kept for one, kept in self._last.items() if kept[1] or now - kept[0] < QUIET_SECONDS}
+        self._last[key] = now, 0
         return {**event, "suppressed": suppressed} if suppressed else event

@@ -259,6 +259,35 @@ def test_a_warning_is_not_repeated_at_once_and_tells_how_often_it_was_kept_back(
     assert len([entry for entry in entries if entry["event"] == "progress"]) == 25
 
 
+def test_what_tells_something_else_is_no_repetition_and_a_signal_is_always_answered(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    log: Any = logs.configure("info")
+    for peer in ("quick", "steady", "quick"):
+        log.warning("steps not finite: skipped", peer=peer)
+    for why in ("step-1: disk full", "step-2: disk full", "step-2: not allowed"):
+        log.error("checkpoint failed", reason=why)
+    for _ in range(2):
+        log.error("reload refused", reason="batch: cannot change")
+    logs.limit("warning")
+    now[0] = 111.0
+    log.info("progress")
+    log.error("checkpoint failed", reason="step-3: disk full")
+    structlog.reset_defaults()
+    told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(one["event"], one.get("peer") or one["reason"], one.get("suppressed")) for one in told] == [
+        ("steps not finite: skipped", "quick", None),
+        ("steps not finite: skipped", "steady", None),
+        ("checkpoint failed", "step-1: disk full", None),
+        ("checkpoint failed", "step-2: not allowed", None),
+        ("reload refused", "batch: cannot change", None),
+        ("reload refused", "batch: cannot change", None),
+        ("checkpoint failed", "step-3: disk full", 1),
+    ]
+
+
 @pytest.mark.slow
 def test_memory_stays_flat_however_long_the_stream() -> None:
     stretches, held = soak(records=100_000, batch=64)
