@@ -21,6 +21,7 @@ from monitoring.health import STATES
 from streamkd.lesson import Learned, agreement, means
 from streamkd.report import SERVED, Report, Scored
 
+STATE = "1 for the state that the process is in."
 PHASES = ("predict", "score", "adapt", "recall", "learn", "remember", "checkpoint")
 _SERIES = {phase: series for series, phase in enumerate(PHASES)}
 PARTS = ("hard", "soft", "total")
@@ -31,6 +32,16 @@ PRIORITIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 AGES = (64, 256, 1024, 4096, 16384, 65536, 262144)
 RECORD_AGES = (0.1, 1, 5, 15, 60, 300, 600, 1200, 3600, 10800, 86400)
 DELAYS = (0.01, 0.1, 1, 10, 60, 600, 3600, 21600, 86400)
+
+
+def starting() -> CollectorRegistry:
+    """Return what is told of a process that has no feed yet, and no engine."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    state = Gauge("streamkd_state", STATE, ["state"], registry=registry)
+    for name in STATES:
+        state.labels(state=name).set(name == "starting")
+    return registry
 
 
 class Metrics:
@@ -118,7 +129,7 @@ class Metrics:
             return BulkHistogram(f"streamkd_{name}", text, buckets, self.registry, labels)
 
         self.build = gauge("build_info", "Versions, as labels; always 1.", "version", "python", "torch")
-        self.state = gauge("state", "1 for the state that the process is in.", "state")
+        self.state = gauge("state", STATE, "state")
         self.reloaded = gauge("config_last_reload_successful", "1 if the configuration in force is the newest read.")
         self.feed_records = counter("feed_records_total", "Records received and decoded.", "feed")
         self.feed_connected = gauge("feed_connected", "1 while the feed can be read.", "feed")

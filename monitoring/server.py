@@ -24,9 +24,9 @@ class Server:
     Args:
         host: address to listen on.
         port: 0 picks a free one, which `port` then tells.
-        registry: for /metrics.
+        registry: for /metrics; another may take its place.
         health: for /healthz and /readyz.
-        status: what /v1/status tells; plain values.
+        status: what /v1/status tells, plain values; likewise.
 
     Raises:
         ConfigError: the port is taken, or not for this user.
@@ -40,9 +40,9 @@ class Server:
         health: Health,
         status: Callable[[], Mapping[str, Any]],
     ) -> None:
-        self._status_now = status
-        self._registry = registry
-        self._health = health
+        self.status = status
+        self.registry = registry
+        self.health = health
         self._socket = listen(host, port)
         self.host = host
         self.port: int = self._socket.getsockname()[1]
@@ -71,16 +71,16 @@ class Server:
 
     async def _metrics(self, request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(self._registry), headers={"content-type": content_type})
+        return Response(encode(self.registry), headers={"content-type": content_type})
 
     async def _healthz(self, _: Request) -> JSONResponse:
-        return _answer(self._health.alive(), self._health.state)
+        return _answer(self.health.alive(), self.health.state)
 
     async def _status(self, _: Request) -> JSONResponse:
-        return JSONResponse(self._status_now())
+        return JSONResponse(self.status())
 
     async def _readyz(self, _: Request) -> JSONResponse:
-        return _answer(self._health.ready(), self._health.state)
+        return _answer(self.health.ready(), self.health.state)
 
 
 def _answer(checks: dict[str, bool], state: str) -> JSONResponse:

@@ -78,14 +78,15 @@ def run(config: str, *, set_: Set = ()) -> None:
         A TOML file, or the name of a shipped configuration.
     """
     from runners import logs, saver, session
-    from runners.daemon import Daemon
+    from runners.daemon import Daemon, fronted
     from runners.settings import load
 
     configuration = load(config, set_)
-    learned = saver.learned(configuration.checkpoint.directory)
-    with closing(session.start(configuration, learned=learned)) as running:
-        log = logs.configure(configuration.log.level)
-        Daemon(running, log, reload=lambda: load(config, set_)).run()
+    log = logs.configure(configuration.log.level)
+    with fronted(configuration, log) as front:
+        learned = saver.learned(configuration.checkpoint.directory)
+        with closing(session.start(configuration, learned=learned)) as running:
+            Daemon(running, front, log, reload=lambda: load(config, set_)).run()
 
 
 @app.command

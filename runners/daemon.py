@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from threading import Timer
 from types import FrameType
@@ -14,7 +16,7 @@ from structlog.stdlib import BoundLogger
 
 from monitoring.delays import LabelDelays
 from monitoring.health import Health
-from monitoring.metrics import Metrics
+from monitoring.metrics import Metrics, starting
 from monitoring.server import Server
 from runners import logs
 from runners.feeds import REASONS, RESETS, STAGES
@@ -34,6 +36,56 @@ IDLE_SECONDS = 0.05
 Observer = Callable[[Report], None]
 
 
+@dataclass(slots=True)
+class Front:
+    """What a process shows and hears from its start on, when it has no feed yet, and no engine.
+
+    Attributes:
+        server: answers over HTTP.
+        hung_up: whether it was asked to reload.
+    """
+
+    server: Server
+    hung_up: bool = False
+
+    def hang_up(self) -> None:
+        """Leave word that it was."""
+        self.hung_up = True
+
+
+@contextmanager
+def fronted(configuration: Configuration, log: BoundLogger) -> Iterator[Front]:
+    """Answer over HTTP and heed signals, before a feed is opened and around a daemon; log why it ended by itself.
+
+    Until a daemon runs, there is nothing to finish: a signal ends the process with 0.
+    """
+    http = configuration.http
+    health = Health(time.monotonic, http.stalled_seconds)
+    status = {"state": health.state, "version": version("streamkd")}
+    try:
+        with Server(http.host, http.port, starting(), health, lambda: status) as server:
+            front = Front(server)
+            with _signals({signal.SIGTERM: _leave, signal.SIGINT: _leave, signal.SIGHUP: front.hang_up}):
+                log.info("listening", host=server.host, port=server.port)
+                log.info("starting", feed=configuration.feed.kind if configuration.feed else "")
+                yield front
+    except _LeaveError:
+        log.info("stopped", reason="signal")
+        sys.exit(0)
+    except StreamkdError as error:
+        if not sys.stderr.isatty():  # where the command tells it
+            log.error("failed", reason=str(error), exit_code=error.exit_code)  # noqa: TRY400 - told without a traceback
+        raise
+
+
+class _LeaveError(KeyboardInterrupt):
+    """A signal came; nothing that a feed or a part of the user's own catches."""
+
+
+def _leave() -> None:
+    raise _LeaveError
+
+
 class Daemon:
     """Learns a feed until it ends or a signal comes.
 
@@ -42,6 +94,7 @@ class Daemon:
 
     Args:
         running: feed and engine.
+        front: around it, see `fronted`.
         log: structlog's.
         observers: called with every report; one that fails is logged and never stops the work.
         resume: go on from the newest checkpoint, if there is one, and save new ones.
@@ -51,12 +104,14 @@ class Daemon:
     def __init__(
         self,
         running: Session,
+        front: Front,
         log: BoundLogger,
         *observers: Observer,
         resume: bool = True,
         reload: Callable[[], Configuration] | None = None,
     ) -> None:
         self._session = running
+        self._front = front
         self._settings = running.configuration
         self._log = log
         self._trouble = ""
@@ -70,9 +125,8 @@ class Daemon:
         self._unsound: dict[str, Mapping[str, int]] = {}
         self._resets: dict[str, int] = {}
         self._unwritten = 0
-        self.on_listening: Callable[[int], None] = lambda _: None
         engine, watch = running.engine, running.engine.drift
-        self.health = Health(time.monotonic, self._settings.http.stalled_seconds)
+        self.health = front.server.health
         self.metrics = Metrics(
             peers=engine.cohort.names,
             sources=teaching_pairs(engine),
@@ -88,24 +142,24 @@ class Daemon:
         self._saver = Saver(running, self.metrics, log) if resume else None
 
     def run(self) -> None:
-        """Serve, restore, learn, and save at the end."""
-        http = self._settings.http
-        with ExitStack() as stack:
-            self._enter("starting")
-            server = Server(http.host, http.port, self.metrics.registry, self.health, self.status)
-            stack.enter_context(server)
-            self._log.info("listening", host=server.host, port=server.port)
-            self.on_listening(server.port)
-            stack.enter_context(_signals({signal.SIGTERM: self._ask_to_stop, signal.SIGINT: self._ask_to_stop}))
-            if self._reload is not None:
-                stack.enter_context(_signals({signal.SIGHUP: self._ask_to_reload}))
+        """Restore, learn, and save at the end."""
+        asked = {
+            signal.SIGTERM: self._ask_to_stop,
+            signal.SIGINT: self._ask_to_stop,
+            signal.SIGHUP: self._ask_to_stop if self._reload is None else self._ask_to_reload,
+        }
+        with _signals(asked):
+            if self._front.hung_up:
+                asked[signal.SIGHUP]()
             try:
                 self._enter("restoring")
+                self._front.server.registry, self._front.server.status = self.metrics.registry, self.status
                 if self._saver:
                     self._saver.restore()
                 self.health.restored = True
                 self.health.progress()
                 self._enter("running")
+                self._log.info("running", records=self._session.engine.records)
                 notify("READY=1")
                 self._loop()
                 self._enter("draining")

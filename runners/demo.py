@@ -11,7 +11,7 @@ from monitoring.prequential import WINDOW, Tally
 from monitoring.standing import Reader
 from monitoring.trace import Trace
 from runners import logs, picture, session
-from runners.daemon import Daemon
+from runners.daemon import Daemon, fronted
 from runners.evaluate import Evaluation, table
 from runners.settings import Configuration
 from runners.view import View, plain
@@ -50,8 +50,9 @@ def _learn(running: session.Session, console: Console, *, live: bool, file: Path
     began = time.perf_counter()
     with ExitStack() as stack:
         lines = [] if live else [plain(console, tally, max(1, records // 10))]
-        daemon = Daemon(running, log, keep, *lines, resume=False)
-        daemon.on_listening = lambda port: console.print(f"{address}:{port}/metrics  /healthz  /readyz")
+        front = stack.enter_context(fronted(configuration, log))
+        console.print(f"{address}:{front.server.port}/metrics  /healthz  /readyz")
+        daemon = Daemon(running, front, log, keep, *lines, resume=False)
         if live:
             reader, metrics = Reader(), daemon.metrics
             view = View(

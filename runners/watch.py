@@ -54,7 +54,7 @@ class Watcher:
             families = list(text_string_to_metric_families(answer.read().decode()))
         standing = self._reader.read(families, time.time())
         if not standing.peers:
-            raise ValueError("it gives other metrics")
+            raise ValueError("it is starting" if standing.state == "starting" else "it gives other metrics")
         return standing
 
     def heading(self) -> str:

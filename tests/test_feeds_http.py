@@ -387,7 +387,7 @@ def test_whatever_was_sent_until_it_was_answered_is_learned_once_though_the_proc
 
     for _ in range(kills):
         with started(*command) as daemon:
-            told(daemon, "listening")
+            told(daemon, "running")
             client = Thread(target=push)
             client.start()
             told(daemon, "checkpoint")
@@ -395,6 +395,7 @@ def test_whatever_was_sent_until_it_was_answered_is_learned_once_though_the_proc
             client.join()
     with started(*command) as daemon:
         at = told(daemon, "listening")["port"]
+        told(daemon, "running")
         body = lines(conformance.rows(0, 20))
         assert post(port, body, **numbered("me", answered[0]))[0] == 202
         sent = 20 * (answered[0] + 1)

@@ -68,6 +68,40 @@ def test_systemd_hears_of_readiness_progress_and_the_end(monkeypatch: pytest.Mon
             assert daemon.wait(PATIENCE) == 0
 
 
+AWAITED = ("feed.kind=http", "feed.port=0", "feed.label=y", "feed.wait_seconds=1000", "http.port=0")
+"""A feed whose columns are those of its first record, which does not come."""
+
+
+def test_a_daemon_whose_feed_is_not_open_yet_answers_and_heeds_signals() -> None:
+    with started("run", "default", *(f"--set={pair}" for pair in AWAITED)) as daemon:
+        port = told(daemon, "listening")["port"]
+        assert told(daemon, "starting")["feed"] == "http"
+        status, answer = fetched(port, "/healthz")
+        assert (status, json.loads(answer)["state"]) == (200, "starting")
+        assert fetched(port, "/readyz")[0] == 503
+        assert json.loads(fetched(port, "/v1/status")[1])["state"] == "starting"
+        assert 'streamkd_state{state="starting"} 1.0' in fetched(port, "/metrics")[1]
+        daemon.send_signal(signal.SIGHUP)
+        assert fetched(port, "/healthz")[0] == 200
+        daemon.send_signal(signal.SIGTERM)
+        assert told(daemon, "stopped")["reason"] == "signal"
+        assert daemon.wait(PATIENCE) == 0
+
+
+def test_what_ended_a_daemon_is_logged_and_told_on_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    table(Path("d.csv"), 50)
+    where = "nowhere/" * 20
+    for override, code in (("feed.path=" + where, 3), ("checkpoint.directory=d.csv", 2)):
+        assert run_once(monkeypatch, override) == code
+        *log, last = capsys.readouterr().err.splitlines()
+        failed = json.loads(log[-1])
+        assert (failed["event"], failed["exit_code"]) == ("failed", code)
+        assert last == f"streamkd: {failed['reason']}"
+
+
 @pytest.mark.slow
 def test_a_reload_takes_over_all_that_changed_or_nothing() -> None:
     header, *rows = table(Path("d.csv"), 1_190).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -340,7 +374,7 @@ def test_two_processes_do_not_save_in_one_place(
 ) -> None:
     table(Path("d.csv"), 50)
     with started("run", "default", *(f"--set={pair}" for pair in (*FOLLOWED, "checkpoint.directory=saved"))) as first:
-        told(first, "listening")
+        told(first, "running")
         assert run_once(monkeypatch) == 2
         assert "checkpoint.directory = 'saved': another process saves there" in capsys.readouterr().err
     assert run_once(monkeypatch) == 0

@@ -17,7 +17,7 @@ from test_metrics import metrics_of
 from worlds import batches, lively
 
 from monitoring.health import Health
-from monitoring.metrics import Metrics
+from monitoring.metrics import Metrics, starting
 from monitoring.server import Server
 from monitoring.standing import Reader
 from runners.view import View
@@ -96,6 +96,14 @@ def test_another_process_at_the_same_place_starts_afresh() -> None:
     learned(second, reports=20)
     standing = reader.read(second.registry.collect(), 1e9 + 1)
     assert standing.accuracy == Reader().read(second.registry.collect(), 1e9 + 1).accuracy
+
+
+def test_a_daemon_that_has_no_feed_yet_is_told_from_what_is_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Server("127.0.0.1", 0, starting(), Health(time.monotonic, 60.0), dict) as server:
+        assert streamkd(monkeypatch, "watch", f"127.0.0.1:{server.port}", "--once") == 2
+    assert "it is starting" in capsys.readouterr().err
 
 
 def test_watch_prints_how_a_daemon_stands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

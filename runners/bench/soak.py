@@ -14,7 +14,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from runners import logs, session
-from runners.daemon import Daemon, Observer
+from runners.daemon import Daemon, Observer, fronted
 from runners.settings import load
 from streamkd.report import Report
 
@@ -93,8 +93,14 @@ def soak(records: int, batch: int, observe: Observer = lambda _: None) -> tuple[
         "http.port=0",
         f"checkpoint.every_records={records // SAVES}",
     ]
-    with TemporaryDirectory() as folder, chdir(folder), closing(session.start(load("demo", settings))) as running:
-        daemon = Daemon(running, logs.configure("error"), keep)
+    configuration, log = load("demo", settings), logs.configure("error")
+    with (
+        TemporaryDirectory() as folder,
+        chdir(folder),
+        fronted(configuration, log) as front,
+        closing(session.start(configuration)) as running,
+    ):
+        daemon = Daemon(running, front, log, keep)
         daemon.run()
         waited = [daemon.metrics.registry.get_sample_value(f"{WAITED}_{part}", PHASE) for part in ("sum", "count")]
     return stretches, (waited[0] or 0.0) / (waited[1] or 1.0)
