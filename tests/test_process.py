@@ -10,10 +10,11 @@ from base64 import b64decode
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import structlog
-from stack import PATIENCE, waited
+from stack import PATIENCE, free_port, waited
 from test_commands import fetched, run_once, started, table, told
 
 from runners import logs
@@ -68,24 +69,41 @@ def test_systemd_hears_of_readiness_progress_and_the_end(monkeypatch: pytest.Mon
             assert daemon.wait(PATIENCE) == 0
 
 
-AWAITED = ("feed.kind=http", "feed.port=0", "feed.label=y", "feed.wait_seconds=1000", "http.port=0")
+AWAITED = ("feed.kind=http", "feed.spool=spool", "feed.label=y", "feed.wait_seconds=1000", "http.port=0")
 """A feed whose columns are those of its first record, which does not come."""
 
 
+def listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
 def test_a_daemon_whose_feed_is_not_open_yet_answers_and_heeds_signals() -> None:
-    with started("run", "default", *(f"--set={pair}" for pair in AWAITED)) as daemon:
+    awaited = free_port()
+    with started("run", "default", *(f"--set={pair}" for pair in (*AWAITED, f"feed.port={awaited}"))) as daemon:
         port = told(daemon, "listening")["port"]
         assert told(daemon, "starting")["feed"] == "http"
+        assert waited(lambda: listens(awaited))
         status, answer = fetched(port, "/healthz")
         assert (status, json.loads(answer)["state"]) == (200, "starting")
         assert fetched(port, "/readyz")[0] == 503
         assert json.loads(fetched(port, "/v1/status")[1])["state"] == "starting"
         assert 'streamkd_state{state="starting"} 1.0' in fetched(port, "/metrics")[1]
-        daemon.send_signal(signal.SIGHUP)
-        assert fetched(port, "/healthz")[0] == 200
         daemon.send_signal(signal.SIGTERM)
         assert told(daemon, "stopped")["reason"] == "signal"
         assert daemon.wait(PATIENCE) == 0
+
+
+def test_a_reload_that_is_asked_for_too_early_is_made_once_there_is_a_feed() -> None:
+    awaited = free_port()
+    with started("run", "default", *(f"--set={pair}" for pair in (*AWAITED, f"feed.port={awaited}"))) as daemon:
+        told(daemon, "starting")
+        assert waited(lambda: listens(awaited))
+        daemon.send_signal(signal.SIGHUP)
+        with urlopen(f"http://127.0.0.1:{awaited}/v1/records", b'{"a": 1, "y": "b"}', timeout=PATIENCE) as answer:
+            assert answer.status == 202
+        assert told(daemon, "reloaded")["changed"] == {}
 
 
 def test_what_ended_a_daemon_is_logged_and_told_on_one_line(
