@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from difflib import get_close_matches
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -146,13 +147,21 @@ class Configuration(EngineSettings):
                 f"labels.delay = {self.labels.delay}: more than the {self.labels.pending_capacity} predictions that "
                 "may wait; raise labels.pending_capacity"
             )
-        path = self.feed.options.get("path")
-        if isinstance(path, str) and Path(path).absolute() == self.dead_letters.path.absolute():
-            raise ConfigError(f"dead_letters.path = {path!r}: is the feed's own file, feed.path; name another")
+        self._refuse_one_file_for_two()
         if self.labels.feed is not None:
             return self._open_joined(self.feed, self.labels.feed, refuse)
         feed = self._open(self.feed, "feed", refuse)
         return Delayed(feed, self.labels.delay) if self.labels.delay else feed
+
+    def _refuse_one_file_for_two(self) -> None:
+        """Refuse to write into a file that is read, or two things into one."""
+        parts = {"feed": self.feed, "labels.feed": self.labels.feed, "predictions": self.predictions}
+        named = {f"{key}.path": part.options.get("path") for key, part in parts.items() if part is not None}
+        files = {key: Path(path) for key, path in named.items() if isinstance(path, str)}
+        files["dead_letters.path"] = self.dead_letters.path
+        for one, other in combinations(files, 2):
+            if not other.endswith("feed.path") and _same_file(files[one], files[other]):
+                raise ConfigError(f"{other} = {str(files[other])!r}: is the file of {one}, too; name another")
 
     def _open_joined(self, records: Part, labels: Part, refuse: Refuse) -> Feed:
         """Open a feed and that of its labels."""
@@ -190,6 +199,14 @@ class Configuration(EngineSettings):
         if missing:
             raise ConfigError(f"{key}.kind = {part.kind!r}: not a feed; it has no {', '.join(missing)}")
         return feed
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    """Say whether two names are of one file, however they are spelt."""
+    try:
+        return one.resolve() == other.resolve() or one.samefile(other)
+    except (OSError, ValueError, RuntimeError):  # one of them is not there yet, or can be no file's name
+        return False
 
 
 FEED = (

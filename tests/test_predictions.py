@@ -262,3 +262,29 @@ def test_a_folder_is_no_file_for_predictions(
     table(Path("d.csv"), 40)
     assert run_once(monkeypatch, "predictions.kind=jsonl", "predictions.path=.") == 2
     assert "predictions.path = '.': cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["predictions.path=d.csv"], ["predictions.path = 'd.csv'", "feed.path"]),
+        (["predictions.path=also.csv"], ["predictions.path = 'also.csv'", "feed.path"]),
+        (["predictions.path=other/../l.csv"], ["predictions.path", "labels.feed.path"]),
+        (["dead_letters.path=../{folder}/d.csv"], ["dead_letters.path", "feed.path"]),
+        (["dead_letters.path=p.jsonl", "predictions.path=other/../p.jsonl"], ["dead_letters.path", "predictions.path"]),
+    ],
+)
+def test_nothing_is_written_into_a_file_that_something_else_is_read_from_or_written_to(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], settings: list[str], told: list[str]
+) -> None:
+    before = table(Path("d.csv"), 40).read_bytes()
+    table(Path("l.csv"), 40)
+    Path("other").mkdir()
+    os.link("d.csv", "also.csv")
+    given = [pair.format(folder=Path.cwd().name) for pair in settings]
+    labels = "labels.feed={kind='csv', path='l.csv', id='a', label='y'}"
+    assert run_once(monkeypatch, *JSONL, "feed.id=a", "feed.label=", labels, *given) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    for words in told:
+        assert words in shown
+    assert Path("d.csv").read_bytes() == before
