@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from runners.feeds import DeadLetter, lines
 from runners.feeds.blocks import Block, line_by_line
 from runners.feeds.files import text_file
-from streamkd import Batch
+from streamkd import UNLABELLED, Batch
 from streamkd.errors import StreamkdError
 
 BLOCK = 200
@@ -100,6 +100,7 @@ def _small_blocks() -> Iterator[None]:
         yield
 
 
+NOTHING_REFUSED: dict[str, Any] = {"max_classes": 4, "refuse": pytest.fail}
 Told = tuple[list[Any], list[DeadLetter], str]
 
 
@@ -172,6 +173,25 @@ def _hold(kind: str, content: bytes, size: int, options: dict[str, Any]) -> None
         for number in {1, len(batches) // 2} & set(range(1, len(batches))):
             rest, *_ = read(path, kind, size, at_once=True, after=batches[number - 1][-1], **options)
             assert rest == batches[number:]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("missing", [["NA"], []])
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_an_empty_cell_is_not_known_whatever_else_means_that(
+    tmp_path: Path, kind: str, missing: list[str], *, at_once: bool
+) -> None:
+    records = [{"a": str(row), "c": "x", "y": "k"} for row in range(40)] + [{"a": "", "c": " ", "y": ""}]
+    rows = {"csv": ["a,c,y", *(",".join(one.values()) for one in records)], "jsonl": map(json.dumps, records)}
+    (tmp_path / "data").write_text("\n".join(rows[kind]) + "\n")
+    feed = text_file(tmp_path / "data", kind=kind, label="y", categorical=["c"], missing=missing, **NOTHING_REFUSED)
+    feed.read_block = feed.read_block if at_once else line_by_line
+    batch = feed.poll(100)
+    assert batch is not None
+    assert batch.y.tolist() == [0] * 40 + [UNLABELLED]
+    assert batch.x[-1].isnan().all()
+    assert not batch.x[:-1].isnan().any()
+    feed.close()
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

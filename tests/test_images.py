@@ -162,6 +162,12 @@ def test_classes_are_in_label_order_however_the_records_come(tmp_path: Path) -> 
     assert [y for batch in drained(feed) for y in batch.y.tolist()] == [2, 1, UNLABELLED, 0, 2]
 
 
+def test_an_empty_label_is_not_known_whatever_else_means_that(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", x=pictures(4, 3, 3), y=["cat", "", "?", "dog"])
+    feed = npz(tmp_path / "d.npz", missing=["?"], refuse=nobody, **COMMON)
+    assert [y for batch in drained(feed) for y in batch.y.tolist()] == [0, UNLABELLED, UNLABELLED, 1]
+
+
 def test_rows_of_pixels_need_a_shape(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=pictures(4, 12), y=[0, 1, 0, 1])
     with pytest.raises(ConfigError, match=r"feed\.x = 'x': has shape \[4, 12\].*feed\.shape"):

@@ -41,7 +41,7 @@ class Columns:
         label: the column that holds the label; empty where records come without.
         numeric, categorical: names of columns, in order.
         buckets: features a categorical column.
-        missing: cells that mean "not known".
+        missing: cells that mean "not known", the empty one among them.
         id: the column that holds the record's name; empty where there is none.
         time: the column that tells when the record came to be; empty where there is none.
     """
@@ -189,7 +189,7 @@ def assign(
         categorical: columns of text.
         ignore: columns to leave out.
         buckets: features a categorical column.
-        missing: cells that mean "not known".
+        missing: cells that mean "not known"; an empty one always does.
         labels_only: all columns but the label's, the id's and the time's are left out.
 
     Raises:
@@ -223,7 +223,7 @@ def assign(
         tuple(name for name in left if name not in categorical),
         tuple(name for name in left if name in categorical),
         buckets,
-        frozenset(missing),
+        frozenset({"", *missing}),
         id,
         time,
     )

@@ -361,7 +361,7 @@ def text_file(
         categorical: columns of text, hashed into `buckets` features each.
         ignore: columns to leave out.
         buckets: features a categorical column.
-        missing: cells that mean "not known"; such a feature is imputed by its running mean.
+        missing: cells that mean "not known", as an empty one does; such a feature is imputed by its running mean.
         delimiter: of CSV.
         shape: of one record, for images written as rows of pixels: [channels, height, width].
         classes: all labels that there are, in the order of their indices; a record with another one is refused. Left

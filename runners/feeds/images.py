@@ -47,7 +47,7 @@ class Telling(Settings):
         order: in which the records come, one of `runners.feeds.orders`.
         classes: all labels that there are, in the order of their indices; a record with another one is refused. Left
             out, they are the set's own, in its order: numbers by their size, text by the alphabet.
-        missing: labels that mean "not known".
+        missing: labels that mean "not known", as an empty one always does.
     """
 
     order: NamedPart = Part(kind="file")
@@ -216,7 +216,7 @@ def numbered(
     Args:
         labels: `[n]`, text or numbers.
         classes: in their order; empty: those that there are.
-        missing: those that mean "not known".
+        missing: those that mean "not known", beside the empty one.
 
     Returns:
         `[n]` class indices, the names that they stand for, and what is written where no class is meant, by record.
@@ -224,7 +224,7 @@ def numbered(
     values, inverse = np.unique(labels, return_inverse=True)
     # White space around a label means nothing, but where a class is written with it, as a folder may be.
     texts = [text if (text := written(value)) in classes else text.strip() for value in values.tolist()]
-    unknown = {"nan", *missing}
+    unknown = {"", "nan", *missing}
     present = [text for text in dict.fromkeys(texts) if text not in unknown]
     names = list(classes) or sorted(present, key=_rank)
     index = {name: number for number, name in enumerate(names)}
