@@ -305,6 +305,8 @@ def _put(table: dict[str, Any], key: str, value: Any) -> None:
         if isinstance(place, list):
             place = place[_index(place, name, ".".join(parents[: walked + 1]))]
         else:
+            if isinstance(place.get(name), str):  # a part without options gets one
+                place[name] = {"kind": place[name]}
             place = place.setdefault(name, {})
         if not isinstance(place, (dict, list)):
             raise ConfigError(f"{key}: {'.'.join(parents[: walked + 1])} is a value, not a table")

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from streamkd.errors import ConfigError, one_screen, short
 
@@ -41,10 +42,15 @@ AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 class Part(BaseModel):
-    """A table that names a part by its `kind`; its other keys are the part's options."""
+    """A table that names a part by its `kind`; its other keys are the part's options. A name alone has none."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     kind: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
 
     @property
     def options(self) -> dict[str, Any]:
@@ -65,12 +71,14 @@ class PeerSettings(Settings):
     clip: Annotated[float, Field(gt=0, description="largest norm of the gradient")] = 2.0
 
 
-def _named(value: Any) -> Any:
-    """Let the name of a part without options stand for it."""
-    return {"kind": value} if isinstance(value, str) else value
+def _no_number(value: Any) -> Any:
+    """Say how a number is written that does not change."""
+    if type(value) in {int, float}:
+        raise PydanticCustomError("number", "{said}", {"said": f'write {{ kind = "constant", value = {value} }}'})
+    return value
 
 
-NamedPart = Annotated[Part, BeforeValidator(_named)]
+SchedulePart = Annotated[Part, BeforeValidator(_no_number)]
 
 
 def _one_or_more(value: Any) -> Any:
@@ -91,14 +99,14 @@ class LossSum(Settings):
 
 
 def _summed(value: Any) -> Any:
-    """Let a list of losses stand for their sum, and a name for one without options."""
-    return {"kind": "sum", "parts": value} if isinstance(value, (list, tuple)) else _named(value)
+    """Let a list of losses stand for their sum."""
+    return {"kind": "sum", "parts": value} if isinstance(value, (list, tuple)) else value
 
 
 class FeaturePart(Part):
     """A loss on features, and the adapter to the teacher's."""
 
-    adapter: NamedPart = Part(kind="none")
+    adapter: Part = Part(kind="none")
 
 
 class DistillationSettings(Settings):
@@ -106,19 +114,20 @@ class DistillationSettings(Settings):
 
     scheme: Literal["leader", "mutual", "ensemble", "average", "self", "static", "none"] = "leader"
     loss: Annotated[Part, BeforeValidator(_summed)] = Part(kind="kd")
-    temperature: NamedPart = Part(kind="loss_driven")
-    per_record: NamedPart = Part(kind="even")
-    alpha: NamedPart = Part(kind="competence")
-    capacity: NamedPart = Part(kind="parameters")
+    temperature: SchedulePart = Part(kind="loss_driven")
+    per_record: Part = Part(kind="even")
+    alpha: SchedulePart = Part(kind="competence")
+    capacity: Part = Part(kind="parameters")
     widest_gap: Annotated[float, Field(gt=0, description="of capacities, past which alpha is weakened")] = math.inf
-    beta: NamedPart = Part.model_validate({"kind": "constant", "value": 1.0})
-    features: Annotated[FeaturePart, BeforeValidator(_named)] = FeaturePart(kind="none")
-    feature_weight: NamedPart = Part.model_validate({"kind": "constant", "value": 1.0})
+    beta: SchedulePart = Part.model_validate({"kind": "constant", "value": 1.0})
+    features: FeaturePart = FeaturePart(kind="none")
+    feature_weight: SchedulePart = Part.model_validate({"kind": "constant", "value": 1.0})
     gate: Literal["better", "soft", "open"] = "better"
     cap: bool = True
     stream_classes: Literal["seen", "present"] = "seen"
     views: Annotated[
-        tuple[NamedPart, ...],
+        tuple[Part, ...],
+        BeforeValidator(_one_or_more),
         Field(description="each harder than the one before; a student learns the answer to the next"),
     ] = ()
     burn_in: Count = 10
@@ -132,7 +141,7 @@ class DistillationSettings(Settings):
 class RolesSettings(Settings):
     """Who becomes teacher, and when."""
 
-    rule: NamedPart = Part(kind="tested")
+    rule: Part = Part(kind="tested")
     gamma: Share = 0.998
     every: Positive = 16
     bar: Share = 0.95
@@ -196,7 +205,7 @@ class InputSettings(Settings):
     clip: Factor = 8.0
     horizon: Positive = 100_000
     augment: Annotated[
-        tuple[NamedPart, ...],
+        tuple[Part, ...],
         BeforeValidator(_one_or_more),
         Field(description="of images while they are learned, one after the other; anew for every update"),
     ] = ()
@@ -261,8 +270,21 @@ def complaints(error: ValidationError, prefix: str, model: type[BaseModel] | Non
         elif problem["type"].startswith("missing"):
             yield f"{key}: missing; set it"
         else:
-            message = problem["msg"][:1].lower() + problem["msg"][1:]
+            part = str(problem.get("ctx", {}).get("class_name")).endswith("Part")
+            said = _NEEDED.get("part" if part else problem["type"], problem["msg"])
+            message = said[:1].lower() + said[1:]
             yield f"{key} = {short(problem['input'])}: {message}"
+
+
+_NEEDED = {
+    "part": 'write the name of a part, or a table, { kind = "..." } with its options',
+    "model_type": "write a table of settings",
+    "dict_type": "write a table",
+    "tuple_type": "write a list",
+    "path_type": "write a path, in quotes",
+    "string_type": "write text, in quotes",
+}
+"""What is to be written, by pydantic's name for the mistake, where pydantic says it in words of Python."""
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

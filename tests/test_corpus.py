@@ -503,7 +503,7 @@ CONFIGURATIONS = [
     wrong("batch=0", "0", "greater than or equal to 1"),
     wrong("seed=-1", "-1", "greater than or equal to 0"),
     wrong("seed=2147483648", "less than"),
-    wrong("peers=3", "3", "tuple"),
+    wrong("peers=3", "3", "write a list"),
     Mistake("a peer that is not there", settings=("peers.7.name=x",), words=("peers.7", "there are 2")),
     Mistake("a feed that is no table", settings=("feed=3",), words=("feed",)),
     wrong("feed.kind=cvs", "did you mean csv?"),

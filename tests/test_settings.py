@@ -90,6 +90,11 @@ class Failing(nn.Module):
         ("peers.7.name=x", ["peers.7", "there are 3"]),
         ("batch.size=3", ["batch is a value, not a table"]),
         ("no-equals-sign", ["key.path=value"]),
+        ("distillation.alpha=0.7", ["distillation.alpha = 0.7: write", '{ kind = "constant", value = 0.7 }']),
+        ("distillation.temperature=4", ['{ kind = "constant", value = 4 }']),
+        ("drift.detector=3", ["drift.detector = 3: write the name of a part, or a table"]),
+        ("replay=3", ["replay = 3: write a table of settings"]),
+        ("inputs.augment=3", ["inputs.augment = 3: write a list"]),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_key_its_value_and_the_remedy(override: str, words: list[str]) -> None:
@@ -127,6 +132,7 @@ def test_a_wrong_setting_is_refused_with_its_key_its_value_and_the_remedy(overri
         ("distillation.per_record={kind='difficulty', low=2}", ["distillation.per_record.low = 2"]),
         ("distillation.temperature={kind='curriculum', start=0}", ["distillation.temperature.start = 0"]),
         ("distillation.widest_gap=0", ["distillation.widest_gap = 0"]),
+        ("distillation.loss=[3]", ["distillation.loss.parts.0 = 3: write the name of a part"]),
         ("distillation.loss=[]", ["distillation.loss.parts", "at least 1"]),
         ("drift.detector.kind=adwin2", ["drift.detector.kind", "did you mean adwin?"]),
         ("drift.detector.kind=nowhere:Thing", ["drift.detector.kind", "nowhere"]),
@@ -295,6 +301,42 @@ def test_a_part_without_a_kind_is_of_the_default_kind() -> None:
     settings = load("default", ["distillation.beta.value=0.5", "peers.0.optimizer={lr=0.5}"])
     assert settings.distillation.beta == Part.model_validate({"kind": "constant", "value": 0.5})
     assert settings.peers[0].optimizer == Part.model_validate({"kind": "sgd", "lr": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("drift.detector=never", "drift.detector"),
+        ("peers.0.model=mlp", "peers.0.model"),
+        ("peers.0.optimizer=adamw", "peers.0.optimizer"),
+        ("distillation.loss=dist", "distillation.loss"),
+        ("distillation.features=hint", "distillation.features"),
+        ("distillation.alpha=capacity_prior", "distillation.alpha"),
+        ("distillation.views=swapped", "distillation.views.0"),
+        ("predictions=none", "predictions"),
+        ("feed=jsonl", "feed"),
+        ("labels.feed=csv", "labels.feed"),
+    ],
+)
+def test_a_name_alone_is_a_part_without_any_options(override: str, key: str) -> None:
+    place: Any = load("default", [override])
+    for name in key.split("."):
+        place = place[int(name)] if name.isdecimal() else getattr(place, name)
+    assert (place.kind, place.options) == (override.partition("=")[2], {})
+
+
+def test_a_name_in_a_list_of_losses_is_a_loss_without_options_and_weighs_one() -> None:
+    named, written = (
+        build_engine(load("default", [f"distillation.loss=[{first}, {{ kind = 'dist', weight = 0.5 }}]"]), (5,))
+        for first in ("'kd'", "{ kind = 'kd', weight = 1.0 }")
+    )
+    for batch in batches(64):
+        assert torch.equal(named.step(batch).served, written.step(batch).served)
+
+
+def test_a_part_that_was_a_name_alone_can_be_given_an_option() -> None:
+    rule = load("default", ["drift.detector=adwin", "drift.detector.delta=0.1"]).drift.detector
+    assert (rule.kind, rule.options) == ("adwin", {"delta": 0.1})
 
 
 def test_another_kind_does_not_keep_the_options_of_the_old_one() -> None:

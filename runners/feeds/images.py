@@ -20,7 +20,7 @@ from runners.feeds.orders import Order
 from streamkd.batch import UNLABELLED, Batch
 from streamkd.errors import CheckpointError, ConfigError, FeedError, short
 from streamkd.parts import make
-from streamkd.settings import NamedPart, Part, Settings, validate
+from streamkd.settings import Part, Settings, validate
 
 MOST_REFUSED = 1_000
 """Records refused in a row before the feed comes up for air."""
@@ -50,7 +50,7 @@ class Telling(Settings):
         missing: labels that mean "not known", as an empty one always does.
     """
 
-    order: NamedPart = Part(kind="file")
+    order: Part = Part(kind="file")
     classes: Names = ()
     missing: Names = ("",)
 
