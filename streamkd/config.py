@@ -262,14 +262,17 @@ def _river_peer(name: str, part: Part, settings: EngineSettings, index: int) -> 
 
 def _model(part: Part, shape: Sequence[int], classes: int, key: str) -> Callable[[], nn.Module]:
     """Return what builds a peer's model: one of ours, the user's own, or torchvision's by name."""
-    options = part.options
-    if ":" in part.kind or part.kind in public_functions(models):
-        factory = find(part, models, key, given=("shape", "classes"))
-        given = {"shape": tuple(shape), "classes": classes}
-        options |= {name: value for name, value in given.items() if name in parameters(factory)}
+    options, given = part.options, {"shape": tuple(shape), "classes": classes}
+    if ":" in part.kind:
+        factory = find(part, models, key, given=tuple(given))
+    elif part.kind in public_functions(models):
+        factory = find(part, models, key, given=tuple(given))
+        options = checked_options(factory, part, key)
     else:
-        given = {"name": part.kind, "shape": tuple(shape), "classes": classes}
-        factory, options = models.torchvision_model, {**given, **options}
+        _check_torchvision(part, key)
+        factory, options = models.torchvision_model, checked_options(models.torchvision_model, part, key)
+        given |= {"name": part.kind}
+    options = {name: value for name, value in given.items() if name in parameters(factory)} | options
 
     def build() -> nn.Module:
         module = tried(lambda: factory(**options), part, key)
@@ -278,6 +281,23 @@ def _model(part: Part, shape: Sequence[int], classes: int, key: str) -> Callable
         return module
 
     return build
+
+
+def _check_torchvision(part: Part, key: str) -> None:
+    """Refuse what is the name of no model."""
+    names = tried(_torchvision_names, part, key)
+    if part.kind.lower() not in names:
+        said = "no such model" if names else "needs torchvision; pip install torchvision"
+        close = did_you_mean(part.kind, [*public_functions(models), *names])
+        raise ConfigError(f"{key}.kind = {part.kind!r}: {said}{close}")
+
+
+def _torchvision_names() -> Sequence[str]:
+    try:
+        from torchvision.models import list_models  # noqa: PLC0415 - slow to import, and absent on some machines
+    except ImportError:
+        return ()
+    return cast("list[str]", list_models())
 
 
 def _check_output(peer: Peer, shape: Sequence[int], classes: int, part: Part, key: str) -> None:

@@ -7,18 +7,21 @@ arguments of those names, and returns a `torch.nn.Module` whose output is `[n, c
 from collections.abc import Sequence
 from itertools import pairwise
 from math import gcd, prod
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from streamkd.errors import ConfigError
 
 _IMAGE = ("channels", "height", "width")
+Positive = Annotated[int, Field(ge=1)]
+Stages = Annotated[Sequence[Annotated[int, Field(ge=4, multiple_of=4)]], Field(min_length=1)]
 
 
 def mlp(
-    shape: Sequence[int], classes: int, *, widths: Sequence[int] = (128, 64), layer_norm: bool = False
+    shape: Sequence[int], classes: int, *, widths: Sequence[Positive] = (128, 64), layer_norm: bool = False
 ) -> nn.Module:
     """Build a multi-layer perceptron: linear layers of the given widths with ReLU between them.
 
@@ -38,7 +41,7 @@ def mlp(
 
 
 def cnn(
-    shape: Sequence[int], classes: int, *, channels: Sequence[int] = (32, 64), width: int = 128, pooled: bool = True
+    shape: Sequence[int], classes: int, *, channels: Stages = (32, 64), width: Positive = 128, pooled: bool = True
 ) -> nn.Module:
     """Build a small convolutional network for images `[channels, height, width]`.
 
@@ -88,7 +91,13 @@ class _Transformer(nn.Module):
 
 
 def vit(
-    shape: Sequence[int], classes: int, *, patch: int = 4, width: int = 64, depth: int = 2, heads: int = 4
+    shape: Sequence[int],
+    classes: int,
+    *,
+    patch: Positive = 4,
+    width: Positive = 64,
+    depth: Positive = 2,
+    heads: Positive = 4,
 ) -> nn.Module:
     """Build a small vision transformer (Dosovitskiy et al. 2021) for images `[channels, height, width]`.
 

@@ -281,6 +281,8 @@ _NEEDED = {
     "model_type": "write a table of settings",
     "dict_type": "write a table",
     "tuple_type": "write a list",
+    "is_instance_of": "write a list",
+    "sequence_str": "write a list",
     "path_type": "write a path, in quotes",
     "string_type": "write text, in quotes",
 }

@@ -109,7 +109,15 @@ def test_a_wrong_setting_is_refused_with_its_key_its_value_and_the_remedy(overri
     [
         ("peers.0.model.kind=resnet9000", ["peers.0.model", "resnet9000"]),
         ("peers.0.model.width=[3]", ["peers.0.model.width", "did you mean peers.0.model.widths?"]),
-        ("peers.0.model.widths=[0.5]", ["peers.0.model"]),
+        ("peers.0.model.kind=resnet81", ["peers.0.model.kind = 'resnet81': no such model; did you mean resnet18?"]),
+        ("peers.0.model.widths=[0.5]", ["peers.0.model.widths.0 = 0.5", "integer"]),
+        ("peers.0.model.widths=[0]", ["peers.0.model.widths.0 = 0", "greater than or equal to 1"]),
+        ("peers.0.model.widths=64", ["peers.0.model.widths = 64: write a list"]),
+        ("peers.0.model.layer_norm=maybe", ["peers.0.model.layer_norm = 'maybe'", "boolean"]),
+        ("peers.0.model={kind='cnn', channels=[6]}", ["peers.0.model.channels.0 = 6", "multiple of 4"]),
+        ("peers.0.model={kind='cnn', channels=[]}", ["peers.0.model.channels = []", "at least 1"]),
+        ("peers.0.model={kind='vit', heads=0}", ["peers.0.model.heads = 0", "greater than or equal to 1"]),
+        ("peers.0.model={kind='resnet18', small='maybe'}", ["peers.0.model.small = 'maybe'", "boolean"]),
         ("peers.1.optimizer.kind=sdg", ["peers.1.optimizer.kind = 'sdg'", "did you mean sgd?"]),
         ("peers.1.optimizer.rate=1", ["peers.1.optimizer.rate"]),
         ("peers.1.optimizer.lr=-1", ["peers.1.optimizer", "-1"]),
@@ -156,6 +164,11 @@ def test_a_wrong_part_is_refused_with_its_key_its_value_and_the_remedy(override:
         build_engine(load("default", [override]), (5,))
     for word in words:
         assert word in str(refused.value)
+
+
+def test_what_is_false_in_quotes_is_false_to_a_model() -> None:
+    engine = build_engine(load("default", ['peers.0.model.layer_norm="false"']), (5,))
+    assert not any(isinstance(layer, nn.LayerNorm) for layer in engine.cohort.peers[0].module)
 
 
 def test_a_model_of_the_users_own_is_given_what_it_asks_for() -> None:
