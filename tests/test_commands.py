@@ -114,6 +114,17 @@ def test_eval_prints_a_table_and_writes_json_and_a_picture(
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_file_with_tabs_is_read_as_the_error_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = table(Path("d.csv")).read_text(encoding="utf-8").replace(",", "\t")
+    Path("d.csv").write_text(content, encoding="utf-8")
+    assert streamkd(monkeypatch, "eval", "default", "d.csv", "--label", "y") == 2
+    advice = re.search(r"set (feed\.delimiter = .*)", capsys.readouterr().err)
+    assert advice is not None
+    assert streamkd(monkeypatch, "eval", "default", "d.csv", "--label", "y", "--set", advice[1]) == 0
+
+
 def test_eval_of_several_seeds_gives_a_list_on_standard_output_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

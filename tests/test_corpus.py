@@ -283,7 +283,7 @@ CSV = [
         settings=("feed.classes=['x']",),
         words=("feed.classes",),
     ),
-    Refused("a semicolon, untold", TEXT.replace(b",", b";"), words=("feed.label = 'y'", "feed.delimiter = ';'")),
+    Refused("a semicolon, untold", TEXT.replace(b",", b";"), words=("feed.label = 'y'", 'feed.delimiter = ";"')),
     Refused("gzip of nothing", gzip.compress(b""), code=3, words=("feed.path = 'd.csv'", "empty")),
     Refused("gzip that breaks off at once", gzip.compress(TEXT)[:12], code=3, words=("feed.path", "breaks off")),
     Refused("two bytes of gzip", b"\x1f\x8b", code=3, words=("feed.path", "breaks off")),

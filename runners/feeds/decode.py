@@ -1,5 +1,6 @@
 """Cells into numbers: columns numeric or hashed, values missing, values refused."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -237,7 +238,7 @@ def _suspicion(present: Sequence[str]) -> str:
     if present and present[0].startswith("{"):
         return "; that looks like JSON: set feed.kind = 'jsonl'"
     apart = next((mark for mark in ";\t|" if len(present) == 1 and mark in present[0]), None)
-    return f"; set feed.delimiter = {apart!r}" if apart else ""
+    return f"; set feed.delimiter = {json.dumps(apart)}" if apart else ""
 
 
 def _parsed(cell: object) -> float:

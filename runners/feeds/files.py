@@ -31,6 +31,17 @@ FIRST_KEYS = 1_000
 FIRST_LOOK = 10_000
 """Records that are looked at before a feed is taken for readable and labelled."""
 
+_NO_NUMBER = (
+    "Name columns of text in feed.categorical or feed.ignore, one of dates in feed.time, and cells that mean "
+    "'not known' in feed.missing"
+)
+ADVICE = {
+    "not_a_number": _NO_NUMBER,
+    "not_finite": _NO_NUMBER,
+    "unknown_class": "Name all labels in feed.classes, or leave it out: they are numbered as they appear then",
+}
+"""What to do about a file of which no record can be used, by the reason of the first."""
+
 
 class FileFeed:
     """The records of one file, in order; made by `text_file`.
@@ -163,8 +174,7 @@ class FileFeed:
             raise FeedError(f"{path}: there is no record in it")
         raise ConfigError(
             f"{path}: none of its first {len(refused)} records can be used; line {refused[0].place['line']}: "
-            f"{refused[0].detail}. Name columns of text in feed.categorical or feed.ignore, and cells that mean "
-            "'not known' in feed.missing"
+            f"{refused[0].detail}. {ADVICE.get(refused[0].reason, 'Mend the file, or name another')}"
         )
 
     def _ahead(self, most: int) -> Records | None:
