@@ -43,10 +43,11 @@ class Tally:
 
     def __init__(self) -> None:
         self.records = 0
-        self.unlabelled = 0
+        self.unlabelled = 0  # of the records, without a label as yet
         self.scored = 0
         self.drifts: list[int] = []
         self.swaps: list[dict[str, Any]] = []
+        self._asked = 0  # of the records, without a label when they came
         self._names: list[str] = []  # those who are scored, then the baselines
         self._confusion: NDArray[np.int64] = np.zeros((0, 0, 0), dtype=np.int64)  # [names, classes, classes]
         self._recent: NDArray[np.bool_] = np.zeros((0, WINDOW), dtype=bool)  # [names, records]: who was right
@@ -57,7 +58,8 @@ class Tally:
     def update(self, report: Report) -> None:
         """Take in one batch."""
         self.records += report.size
-        self.unlabelled += report.unlabelled
+        self._asked += report.unlabelled
+        self.unlabelled = self._asked - report.joined
         self.drifts += [alarm.record for alarm in report.drift]
         if report.swap is not None:
             swap = report.swap

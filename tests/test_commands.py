@@ -517,6 +517,23 @@ def test_time_is_not_of_the_essence() -> None:
     assert min(ticking.step(batches()[0]).seconds.values()) > 0
 
 
+def test_labels_that_come_late_are_labels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = table(Path("d.csv"), 600).read_text(encoding="utf-8").splitlines()
+    late = ("eval", "default", "d.csv", "--label", "y", "--set", "labels.delay=50", "--json", "-")
+    assert streamkd(monkeypatch, *late) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert [found[name] for name in ("records", "labelled", "unlabelled")] == [600, 600, 0]
+    assert "unlabelled" not in shown.err
+    lines[1:101] = [line.rpartition(",")[0] + "," for line in lines[1:101]]
+    Path("d.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert streamkd(monkeypatch, *late) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert [found[name] for name in ("records", "labelled", "unlabelled")] == [600, 500, 100]
+    assert "600 records, 100 of them unlabelled," in shown.err
+
+
 def test_labels_that_are_never_revealed_are_scored_all_the_same(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
