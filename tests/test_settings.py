@@ -33,7 +33,7 @@ from streamkd import (
 from streamkd.config import build_engine
 from streamkd.errors import ConfigError
 from streamkd.parts import make, public_functions
-from streamkd.settings import Part, keys
+from streamkd.settings import EngineSettings, Part, keys
 
 FIXED = (
     "feed.kind",
@@ -201,6 +201,15 @@ def test_every_kind_of_feed_has_a_shipped_configuration_to_start_from() -> None:
     begun = {tomllib.loads(text)["feed"]["kind"] for text in shipped().values()}
     families = {KINDS[kind] for kind in begun}
     assert families == set(KINDS.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["demo", "http", "iterable", "kafka", "mqtt", "nats", "parquet", "redis", "stdin", "tail"]
+)
+def test_tables_are_learned_alike_whatever_they_come_from(name: str) -> None:
+    learning = set(EngineSettings.model_fields) - {"max_classes"}
+    shipped_one, default = (load(each, ["drift.detector.delta=0.002"]) for each in (name, "default"))
+    assert shipped_one.model_dump(include=learning) == default.model_dump(include=learning)
 
 
 def test_the_shipped_configuration_of_an_iterable_runs_as_it_is(
