@@ -12,6 +12,7 @@ from monitoring.standing import Reader
 from monitoring.trace import Trace
 from runners import logs, picture, session
 from runners.daemon import Daemon, fronted
+from runners.eval_command import check_targets
 from runners.evaluate import Evaluation, table
 from runners.settings import Configuration
 from runners.view import View, plain
@@ -29,7 +30,11 @@ def run(configuration: Configuration, console: Console, *, live: bool, file: Pat
         console: where to.
         live: a view that redraws itself, rather than lines.
         file: of the picture.
+
+    Raises:
+        ConfigError: the picture could not be written there.
     """
+    check_targets(plot=file)
     with closing(session.start(configuration)) as running:
         _learn(running, console, live=live, file=file)
 

@@ -41,7 +41,7 @@ def main(
     overrides: Sequence[str],
 ) -> None:
     """Evaluate once a seed, and print, write and draw what came of it."""
-    check_targets(json_to, plot)
+    check_targets(json_to, plot=plot)
     given = of_file(data, label, batch, overrides)
     if not 0 < labels <= 1:
         raise ConfigError(f"--labels {labels}: a share; give one above 0, and 1 at the most")
@@ -121,13 +121,15 @@ def _tell_refused(evaluation: Evaluation, configuration: Configuration, console:
         )
 
 
-def check_targets(*targets: str | Path | None) -> None:
+def check_targets(*targets: str | Path | None, plot: Path | None = None) -> None:
     """Refuse files that could not be written once the work is done; None and - are none.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: there is no such folder, or the plot is to be no picture.
     """
-    for target in (path for path in targets if path not in {None, "-"}):
+    if plot is not None:
+        picture.check_format(plot)
+    for target in (path for path in (*targets, plot) if path not in {None, "-"}):
         if not Path(str(target)).absolute().parent.is_dir():
             raise ConfigError(
                 f"{target}: there is no folder {Path(str(target)).parent} to write it into; make it first"

@@ -45,8 +45,12 @@ def main(directory: Path, *, as_json: bool) -> None:
 
 def _print(found: dict[str, Any], console: Console) -> None:
     overview = Table(title=Text(found["path"]), title_justify="left", show_header=False)
+    overview.add_column()
+    overview.add_column(overflow="fold")  # a digest with an end missing is none
+    accuracy = None if found["accuracy"] is None else f"{100 * found['accuracy']:.1f} %"
     for key in ("step", "records", "accuracy", "teacher", "digest", "configuration"):
-        overview.add_row(key, Text("-" if found[key] is None else str(found[key])))
+        value = accuracy if key == "accuracy" else found[key]
+        overview.add_row(key, Text("-" if value is None else str(value)))
     overview.add_row("verified", "every file is as the manifest says")
     for key in ("versions", "protocol", "feed", "position", "files"):
         for name, value in found.get(key, {}).items():

@@ -15,6 +15,17 @@ from streamkd.report import SERVED
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")
 
 
+def check_format(path: Path) -> None:
+    """Refuse the name of a file that no picture can be written to.
+
+    Raises:
+        ConfigError: its ending names no format.
+    """
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix and path.suffix[1:].lower() not in formats:
+        raise ConfigError(f"{path}: there are no pictures of this ending; end its name in .png, .svg or .pdf")
+
+
 def draw(path: Path, tally: Tally, trace: Trace, *, title: str, drifts: Sequence[int] = ()) -> None:
     """Write the picture.
 

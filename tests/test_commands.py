@@ -202,7 +202,10 @@ BAD = [
     ("eval default empty.csv --label y", 3, ["empty.csv", "empty"]),
     ("eval default unlabelled.csv --label y", 2, ["feed.label = 'y'", "has a label"]),
     ("eval default d.csv --label y --json no/where.json", 2, ["no/where.json"]),
-    ("eval default d.csv --label y --plot out.nonsense", 2, ["out.nonsense"]),
+    ("eval default no.csv --label y --plot out.nonsense", 2, ["out.nonsense", ".png, .svg or .pdf"]),
+    ("eval default no.csv --label y --plot no/where.png", 2, ["no/where.png", "there is no folder"]),
+    ("demo --records 5 --picture no/where.png", 2, ["no/where.png", "there is no folder"]),
+    ("demo --records 5 --picture out.nonsense", 2, ["out.nonsense", ".png, .svg or .pdf"]),
     ("eval default d.csv --label y --batch 0", 2, ["batch = 0"]),
     ("eval default d.csv --label y --seed -1", 2, ["seed"]),
     ("demo --records 5", 2, ["feed.records = 5"]),
@@ -482,7 +485,15 @@ def test_inspect_tells_what_is_in_the_newest_checkpoint(
         digests.append(found["digest"])
     assert digests[0] == digests[1]
     assert streamkd(monkeypatch, "inspect", "one") == 0
-    assert "every file is as the manifest says" in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = capsys.readouterr().out
+    assert "every file is as the manifest says" in shown
+    assert streamkd(monkeypatch, "inspect", "one") == 0
+    values = "".join(
+        line.split("│")[2].strip() for line in capsys.readouterr().out.splitlines() if line.count("│") == 3
+    )
+    assert digests[0] in values
+    assert f"{100 * found['accuracy']:.1f} %" in values
     assert streamkd(monkeypatch, "inspect", "nowhere") == 4
     newest = checkpoint.found(Path("one"))[0]
     (newest / "memories.pt").unlink()

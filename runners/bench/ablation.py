@@ -107,7 +107,7 @@ def main(
     jobs: int | None,
 ) -> None:
     """Measure every row on every stream with every seed; print each stream's table as soon as it is done."""
-    check_targets(json_to, plot)
+    check_targets(json_to, plot=plot)
     console = Console(stderr=json_to == "-")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     done = []
