@@ -4,12 +4,14 @@ import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from datetime import date
+from datetime import time as clock
 from difflib import get_close_matches
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from runners.feeds import KINDS, STREAMS, Feed, Refuse
 from runners.feeds.ahead import Ahead
@@ -255,18 +257,38 @@ def load(source: str, overrides: Sequence[str] = (), extra: Mapping[str, Any] | 
         ConfigError: the file cannot be read, or a setting is wrong.
     """
     table = _parse(source)
-    changes = [*map(_change, overrides), *((key, value) for key, value in (extra or {}).items() if value is not None)]
+    written = list(map(_change, overrides))
+    changes = [
+        *((key, _value(text)) for key, text in written),
+        *((key, value) for key, value in (extra or {}).items() if value is not None),
+    ]
     # A part of another kind has other options; so kinds come first, and take the old options with them.
     for key, value in sorted(changes, key=lambda change: not change[0].endswith(".kind")):
         _put(table, key, value)
+    texts = dict(written)
+    for key in _text_wanted(table) & texts.keys():
+        _put(table, key, texts[key])
     return validate(Configuration, table)
 
 
-def _change(text: str) -> tuple[str, Any]:
+def _text_wanted(table: Mapping[str, Any]) -> set[str]:
+    """Return the keys of numbers, or of true and false, where there has to be text."""
+    try:
+        Configuration.model_validate(table)
+    except ValidationError as error:
+        return {
+            ".".join(map(str, problem["loc"]))
+            for problem in error.errors()
+            if problem["type"] in {"string_type", "path_type"} and isinstance(problem["input"], (int, float))
+        }
+    return set()
+
+
+def _change(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {text!r}: write it as key.path=value")
-    return key.strip(), _value(value.strip())
+    return key.strip(), value.strip()
 
 
 def _parse(source: str) -> dict[str, Any]:
@@ -293,9 +315,10 @@ _NOT_TOML = (ValueError, RecursionError)
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except _NOT_TOML:
         return text
+    return text if isinstance(value, (date, clock)) else value  # no setting is a date, but a label may be called one
 
 
 def _put(table: dict[str, Any], key: str, value: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from streamkd.errors import ConfigError, one_screen, short
@@ -218,13 +218,19 @@ class LabelSettings(Settings):
     pending_capacity: Count = 10_000
 
 
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise PydanticCustomError("device", "no such device; name auto, cpu, cuda or cuda:0")
+    return name
+
+
 class EngineSettings(Settings):
     """Everything that makes an Engine."""
 
     batch: Annotated[int, Field(ge=1, le=65_536, description="records a step")] = 16
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     deterministic: bool = False
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, AfterValidator(_device)] = "auto"
     precision: Annotated[
         Literal["float32", "bfloat16"], Field(description="in which models answer; each is then asked by itself")
     ] = "float32"

@@ -507,7 +507,7 @@ CONFIGURATIONS = [
     Mistake("a peer that is not there", settings=("peers.7.name=x",), words=("peers.7", "there are 2")),
     Mistake("a feed that is no table", settings=("feed=3",), words=("feed",)),
     wrong("feed.kind=cvs", "did you mean csv?"),
-    wrong("feed.kind=[1]", "string"),
+    wrong("feed.kind=[1]", "write text, in quotes"),
     wrong("feed.max_classes=3", "no such option"),
     wrong("log.level=loud", "'loud'", "'info'"),
     wrong("device=tpu", "'tpu'", "auto"),

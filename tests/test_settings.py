@@ -83,7 +83,7 @@ class Failing(nn.Module):
         ("batch=0", ["batch = 0", "greater than or equal to 1"]),
         ("batch=many", ["batch = 'many'", "integer"]),
         ("http.port=70000", ["http.port = 70000", "65535"]),
-        ("device=gpu", ["device = 'gpu'"]),
+        ("device=gpu", ["device = 'gpu'", "auto, cpu, cuda or cuda:0"]),
         ("distillation.scheme=leadr", ["distillation.scheme", "'leadr'", "'leader'", "'mutual'"]),
         ("peers=[]", ["peers", "at least 1"]),
         ("peers.0.nmae=x", ["peers.0.nmae", "did you mean peers.0.name?"]),
@@ -259,6 +259,17 @@ def test_overrides_are_toml_or_text_and_come_last(tmp_path: Path) -> None:
     assert changed.feed is not None
     assert changed.feed.options == {"path": "some file.csv"}
     assert changed.peers[1].optimizer.options == {"lr": 0.5}
+
+
+def test_an_override_is_text_where_text_is_wanted() -> None:
+    given = ["checkpoint.directory=2024", "peers.0.features=3", "peers.1.name=1.50", "feed.label=2024-01-01"]
+    changed = load("default", [*given, "feed.time=12:30:00", "dead_letters.path='7'"])
+    assert changed.checkpoint.directory == Path("2024")
+    assert changed.peers[0].features == "3"
+    assert changed.peers[1].name == "1.50"
+    assert changed.feed is not None
+    assert changed.feed.options == {"label": "2024-01-01", "time": "12:30:00"}
+    assert changed.dead_letters.path == Path("7")
 
 
 @pytest.mark.parametrize("text", ["batch = ", "\x00", "batch = 1\nbatch = 2"])
