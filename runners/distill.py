@@ -191,7 +191,8 @@ def distill(configuration: Configuration, history: History, plan: Plan, told: Ca
     engine.replay.add(earlier.x[latest], earlier.y[latest])
     engine.roles.teacher = engine.cohort.names.index(plan.teacher)
     engine.records, engine.steps = len(earlier), -(-len(earlier) // configuration.batch)
-    return Distilled(configuration, plan, rows, engine, len(earlier), len(later), frozenset(course.faulty))
+    learned = len(earlier) if any(plan.epochs) else 0
+    return Distilled(configuration, plan, rows, engine, learned, len(later), frozenset(course.faulty))
 
 
 def _look_through(engine: Engine, history: History, batch: int) -> None:

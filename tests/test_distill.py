@@ -1,6 +1,7 @@
 """`streamkd distill`, as a user types it."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,13 @@ def test_each_stage_of_a_student_stands_beside_the_same_student_alone(
         assert alone["passes"] == taught["passes"]
         assert alone["peer"] == taught["peer"] == "student"
     assert all(row["accuracy"] > 0.5 for row in rows)
+
+
+def test_nothing_is_learned_in_no_pass(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    table(Path("d.csv"))
+    distilled(monkeypatch, "--epochs", "0")
+    assert re.search(r"^ *0 records learned", capsys.readouterr().out, re.MULTILINE)
+    assert json.loads(Path("out.json").read_text(encoding="utf-8"))["learned"] == 0
 
 
 def test_several_seeds_give_a_list_and_a_spread(
