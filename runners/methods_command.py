@@ -3,7 +3,7 @@
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from textwrap import indent
 from types import ModuleType
@@ -11,7 +11,8 @@ from typing import Any
 
 from docstring_parser import parse
 
-from runners.feeds import orders
+from runners.feeds import KINDS, orders
+from runners.predictions import KINDS as SINKS
 from streamkd import (
     adapters,
     augment,
@@ -28,12 +29,13 @@ from streamkd import (
     views,
 )
 from streamkd.errors import ConfigError
-from streamkd.parts import public_functions
-from streamkd.settings import did_you_mean
+from streamkd.parts import imported, public_functions, shown
+from streamkd.settings import Part, did_you_mean
 
 OURS = "streamkd"
 """The source of what was made up here."""
 
+_SETTINGS = re.compile(r"those of `([\w.]+)\.(\w+)`")
 _SOURCE = re.compile(r"\(([^()]*\b(?:(?:19|20)\d\d|articles)\b[^()]*)\)")
 
 
@@ -44,19 +46,21 @@ class Family:
     Attributes:
         name: for people.
         keys: the settings in which its members are named.
-        module: whose public functions they are.
+        module: whose public functions they are; or name -> `module:Name`.
         given: arguments that are not for the user to set.
     """
 
     name: str
     keys: str
-    module: ModuleType
+    module: ModuleType | Mapping[str, str]
     given: tuple[str, ...] = ()
 
     @property
     def methods(self) -> list["Method"]:
         """All members, in the order of their file."""
-        return [Method(name, function, self) for name, function in public_functions(self.module).items()]
+        if isinstance(self.module, ModuleType):
+            return [Method(name, function, self) for name, function in public_functions(self.module).items()]
+        return [Method(name, imported(target, name), self) for name, target in self.module.items()]
 
 
 TAUGHT = ("student", "teacher", "y", "temperature")
@@ -75,6 +79,8 @@ FAMILIES = (
     Family("replay", "replay.evict", replay, ("buffer", "n")),
     Family("augmentations", "inputs.augment; distillation.views, of images", augment),
     Family("orders", "feed.order, of images", orders),
+    Family("feeds", "feed, labels.feed", KINDS, ("kind", "max_classes", "refuse", "labels_only")),
+    Family("sinks", "predictions", SINKS),
 )
 
 
@@ -90,7 +96,9 @@ class Method:
     def summary(self) -> str:
         """What it is, in a line, with its source."""
         said = parse(inspect.getdoc(self.function) or "").short_description or ""
-        return said if self.source in said else f"{said.removesuffix('.')} ({self.source})."
+        if self.source in said or not isinstance(self.family.module, ModuleType):
+            return said
+        return f"{said.removesuffix('.')} ({self.source})."
 
     @property
     def source(self) -> str:
@@ -107,12 +115,28 @@ class Method:
     def options(self) -> Iterator[tuple[str, str, str]]:
         """Name, default and description of each."""
         said = {each.arg_name: each.description for each in parse(inspect.getdoc(self.function) or "").params}
-        for option in inspect.signature(self.function).parameters.values():
-            if option.kind is option.VAR_KEYWORD:
+        own = inspect.signature(self.function).parameters
+        for option in own.values():
+            if option.kind is option.VAR_KEYWORD and (settings := _SETTINGS.search(said.get(option.name) or "")):
+                yield from _fields(imported(f"{settings[1]}:{settings[2]}", self.name), {*own, *self.family.given})
+            elif option.kind is option.VAR_KEYWORD:
                 yield f"**{option.name}", "", said.get(f"**{option.name}") or ""
             elif option.name not in self.family.given:
                 default = "to be set" if option.default is option.empty else repr(option.default)
                 yield option.name, default, " ".join((said.get(option.name) or "").split())
+
+
+def _fields(settings: Any, but: set[str]) -> Iterator[tuple[str, str, str]]:
+    """Name, default and description of each of the settings that several parts have in common."""
+    said = {
+        name: " ".join((each.description or "").split())
+        for each in parse(inspect.getdoc(settings) or "").params
+        for name in each.arg_name.split(", ")
+    }
+    for name, field in settings.model_fields.items():
+        if name not in but:
+            default = shown(field.default) if isinstance(field.default, Part) else repr(field.default)
+            yield name, "to be set" if field.is_required() else default, said[name]
 
 
 def main(name: str | None) -> None:

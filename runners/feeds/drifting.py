@@ -134,5 +134,10 @@ def drifting(
     records: Annotated[int, Field(ge=100)] = 100_000,
     seed: Annotated[int, Field(ge=0)] = 0,
 ) -> DriftingFeed:
-    """Make a stream of `records` records with four known drifts; see `DriftingFeed`."""
+    """Make up a stream with four known drifts.
+
+    Args:
+        records: of the stream, in five worlds of equal length.
+        seed: of all chance in it.
+    """
     return DriftingFeed(records, seed)

@@ -262,7 +262,7 @@ def npz(
         shape: of one image, for rows of pixels: [channels, height, width].
         max_classes: most labels there may be.
         refuse: takes the records that cannot be used.
-        options: those of `Telling`.
+        options: those of `runners.feeds.images.Telling`.
 
     Raises:
         FeedError: the file cannot be read.
@@ -284,7 +284,7 @@ def image_folder(
         channels: 1 for gray, 3 for colour; left out, as the first.
         max_classes: most labels there may be.
         refuse: takes the files that cannot be read as images.
-        options: those of `Telling`.
+        options: those of `runners.feeds.images.Telling`.
 
     Raises:
         FeedError: the folder cannot be read, or there is no image in it.
@@ -316,7 +316,7 @@ def torchvision(
         channels: likewise.
         max_classes: most labels there may be.
         refuse: takes the records that cannot be read as images.
-        options: those of `Telling`.
+        options: those of `runners.feeds.images.Telling`.
 
     Raises:
         FeedError: it is not there.
@@ -354,7 +354,7 @@ def image_column(
         channels: likewise.
         max_classes: most labels there may be.
         refuse: takes the records that cannot be read as images.
-        options: those of `Telling`.
+        options: those of `runners.feeds.images.Telling`.
 
     Raises:
         FeedError: it cannot be read.
