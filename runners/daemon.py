@@ -124,7 +124,7 @@ class Daemon:
         self._told = 0.0
         self._unsound: dict[str, Mapping[str, int]] = {}
         self._resets: dict[str, int] = {}
-        self._unwritten = 0
+        self._unwritten = self._refused = 0
         engine, watch = running.engine, running.engine.drift
         self.health = front.server.health
         self.metrics = Metrics(
@@ -175,7 +175,8 @@ class Daemon:
             self._patience.cancel()
             self._enter("stopped")
             engine = self._session.engine
-            self._log.info("stopped", records=engine.records, steps=engine.steps)
+            refused = self._session.dead_letters.total
+            self._log.info("stopped", records=engine.records, steps=engine.steps, refused=refused)
 
     def status(self) -> dict[str, Any]:
         """Return what /v1/status tells."""
@@ -253,6 +254,12 @@ class Daemon:
     def _observe_refused(self) -> None:
         letters = self._session.dead_letters
         self.metrics.observe_refused(letters.counts, unwritten=letters.failures, now=time.time())
+        if letters.total > self._refused:
+            self._refused = letters.total
+            reasons = {reason: count for reason, count in letters.counts.items() if count}
+            self._log.warning(
+                "records refused", refused=self._refused, reasons=reasons, path=str(letters.settings.path)
+            )
         if letters.failure:
             self._log.error("dead letters not written", reason=letters.failure)
 

@@ -16,8 +16,8 @@ QUIET_SECONDS = 10.0
 """A warning or error is not repeated sooner; how many were kept back is told with the next one."""
 TELLING = ("feed", "peer", "path", "reason")
 """Fields by which two of the same event tell different things."""
-ANSWERS = frozenset({"reload refused"})
-"""Events that answer a signal: each is waited for."""
+EACH = frozenset({"reload refused", "drift"})
+"""Events of which none is a repetition: what answers a signal, and what the world does."""
 NUMBERS = re.compile(r"\d+")
 """Steps, records and addresses: with others of these, a reason is still the same."""
 
@@ -81,7 +81,7 @@ class Once:
 
     def __call__(self, _logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """Return the event, or drop it."""
-        if event.get("level") not in {"warning", "error"} or event.get("event") in ANSWERS:
+        if event.get("level") not in {"warning", "error"} or event.get("event") in EACH:
             return event
         now = time.monotonic()
         told = [str(event.get(field, "")) for field in ("event", *TELLING)]

@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -240,13 +241,12 @@ class Saver:
 
 def learned(directory: Path) -> Sequence[str]:
     """Return the columns that the newest whole checkpoint has learned, in order; none where there is none."""
-    for path in checkpoint.found(directory):
-        try:
-            checkpoint.verify(path)
-        except DamagedError:
-            continue
-        columns: list[str] = checkpoint.about(path).get("feed", {}).get("columns", [])
-        return columns
+    with suppress(OSError):  # of such a directory more is said when it is saved in
+        for path in checkpoint.found(directory):
+            with suppress(DamagedError):
+                checkpoint.verify(path)
+                columns: list[str] = checkpoint.about(path).get("feed", {}).get("columns", [])
+                return columns
     return ()
 
 

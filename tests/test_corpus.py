@@ -649,6 +649,8 @@ def test_every_line_is_learned_or_in_the_dead_letters_and_nothing_is_learned_twi
     events = {entry["event"]: entry for entry in map(json.loads, first.err.splitlines())}
     saved = commands.inspect()
     assert (events["stopped"]["records"], saved["records"]) == (case.learned, case.learned)
+    assert events["stopped"]["refused"] == sum(case.refused.values())
+    assert ("records refused" in events) == bool(case.refused)
     for command in ("eval", "run"):
         written = letters(f"{command}.jsonl")
         assert Counter(letter["reason"] for letter in written) == case.refused
