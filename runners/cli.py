@@ -51,7 +51,7 @@ def demo(
     picture: Annotated[Path, Parameter(help="Where the picture is written.")] = Path("demo.png"),
     set_: Set = (),
 ) -> None:
-    """Learn a made-up stream with four known drifts, for about a minute.
+    """Learn a made-up stream with four known drifts, for half a minute.
 
     Needs no configuration, no data and no network. Ends with a table and a picture.
     """
