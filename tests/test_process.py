@@ -248,7 +248,7 @@ def test_no_checkpoint_passes_a_dead_letter_that_is_not_written(
     assert "dead letters not written" in log
     assert "No space left" in log
     (newest, *_) = checkpoint.found(Path("saved"))
-    assert checkpoint.about(newest)["position"]["line"] < 402
+    assert checkpoint.about(newest)["position"]["line"] <= 402  # the broken one is the next to be read, at the latest
     assert run_once(monkeypatch) == 0
     (letter_,) = Path("dead-letters.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(letter_)["raw"] == "broken\n"
