@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runners.feeds import DeadLetter
+from runners.folders import can_be_written
 from streamkd.errors import ConfigError, short
 
 if TYPE_CHECKING:
@@ -166,14 +167,3 @@ def probe(path: Path) -> None:
     """
     if not can_be_written(path) or path.is_dir():
         raise ConfigError(f"dead_letters.path = {short(str(path))}: cannot be written; name a file that can")
-
-
-def can_be_written(path: Path) -> bool:
-    """Say whether a file or folder could be written, or else made."""
-    try:
-        nearest = next(place for place in [path.absolute(), *path.absolute().parents] if place.exists())
-        return (
-            (nearest == path.absolute() or nearest.is_dir()) and os.access(nearest, os.W_OK) and "\0" not in str(path)
-        )
-    except OSError:  # no file system has room for such a name
-        return False

@@ -11,8 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from runners.dead_letters import can_be_written
 from runners.feeds.stream import FIRST_WAIT, LONGEST_WAIT
+from runners.folders import can_be_written
 from streamkd.batch import Batch
 from streamkd.errors import ConfigError, reason
 from streamkd.report import Report

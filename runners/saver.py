@@ -15,12 +15,11 @@ from structlog.stdlib import BoundLogger
 
 from monitoring.metrics import Metrics
 from runners import session, warm_start
-from runners.dead_letters import can_be_written
 from runners.feeds import NONE
+from runners.folders import can_be_written, sole
 from runners.history import known
 from runners.session import Session
 from runners.settings import Configuration
-from runners.sole import sole
 from streamkd import checkpoint
 from streamkd.checkpoint import copied
 from streamkd.engine import Engine

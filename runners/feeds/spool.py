@@ -7,7 +7,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from runners.sole import sole
+from runners.folders import sole
 from streamkd.errors import ConfigError
 
 MOST_BYTES = 1 << 30

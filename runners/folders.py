@@ -1,6 +1,7 @@
-"""Folders that only one process may have at a time."""
+"""Folders: whether they can be written, and by whom."""
 
 import fcntl
+import os
 from pathlib import Path
 from typing import TextIO
 
@@ -30,3 +31,14 @@ def sole(directory: Path, *, key: str, does: str) -> TextIO:
         handle.close()
         raise ConfigError(f"{named}: another process {does} there; end it, or name another") from None
     return handle
+
+
+def can_be_written(path: Path) -> bool:
+    """Say whether a file or folder could be written, or else made."""
+    try:
+        nearest = next(place for place in [path.absolute(), *path.absolute().parents] if place.exists())
+        return (
+            (nearest == path.absolute() or nearest.is_dir()) and os.access(nearest, os.W_OK) and "\0" not in str(path)
+        )
+    except OSError:  # no file system has room for such a name
+        return False
