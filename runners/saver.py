@@ -25,7 +25,6 @@ from streamkd.checkpoint import copied
 from streamkd.engine import Engine
 from streamkd.errors import CheckpointError, ConfigError, DamagedError, one_screen, reason, short
 from streamkd.report import unsound
-from streamkd.settings import Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,15 +307,8 @@ def state_bearing(configuration: Configuration) -> dict[str, str]:
         "served.pool": str(served.pool),
         "served.label_memories": str(list(served.label_memories)),
         "served.answer_memories": str(list(served.answer_memories)),
-        **{f"peers.{peer.name}.optimizer": _gathers(peer.optimizer) for peer in configuration.peers},
+        **{f"peers.{peer.name}.optimizer": warm_start.gathers(peer.optimizer) for peer in configuration.peers},
     }
-
-
-def _gathers(optimizer: Part) -> str:
-    """Return what an optimizer's state depends on: its kind, and options that make it gather more."""
-    kind = optimizer.kind if ":" in optimizer.kind else optimizer.kind.lower()
-    more = {"amsgrad", "centered", *(["momentum"] if kind == "rmsprop" else [])}
-    return " with ".join([kind, *sorted(name for name in more if optimizer.options.get(name))])
 
 
 def check_same(about: Mapping[str, Any], position: Mapping[str, Any], running: Session, path: Path) -> None:

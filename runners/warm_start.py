@@ -9,6 +9,7 @@ from runners.session import Session
 from runners.settings import Configuration
 from streamkd import checkpoint
 from streamkd.errors import CheckpointError, one_screen, reason, short
+from streamkd.settings import Part
 
 
 def begin(running: Session) -> Path | None:
@@ -51,7 +52,7 @@ def learned_with(configuration: Configuration) -> dict[str, str]:
     return {
         "max_classes": str(configuration.max_classes),
         "inputs.standardise": str(configuration.inputs.standardise),
-        **{f"peers.{peer.name}.optimizer.kind": peer.optimizer.kind for peer in configuration.peers},
+        **{f"peers.{peer.name}.optimizer": gathers(peer.optimizer) for peer in configuration.peers},
     }
 
 
@@ -86,3 +87,10 @@ def _other_records(was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[s
     classes = was.get("classes", [])
     if now["classes"] and now["classes"][: len(classes)] != classes:
         yield f"  feed.classes: {classes} in the checkpoint, {now['classes']} configured; it may only be longer"
+
+
+def gathers(optimizer: Part) -> str:
+    """Return what an optimizer's state depends on: its kind, and options that make it gather more."""
+    kind = optimizer.kind if ":" in optimizer.kind else optimizer.kind.lower()
+    more = {"amsgrad", "centered", *(["momentum"] if kind == "rmsprop" else [])}
+    return " with ".join([kind, *sorted(name for name in more if optimizer.options.get(name))])
