@@ -1,5 +1,6 @@
 """The command line. Nothing heavy is imported before a command needs it, so that help comes at once."""
 
+import os
 import sys
 from contextlib import closing, suppress
 from importlib.metadata import version
@@ -293,6 +294,8 @@ def dashboards(directory: Path) -> None:
 def main() -> None:
     """Run a command; end with the exit code that its mistake calls for, and without a traceback."""
     sys.path.insert(0, "")  # module:Name in a configuration may be a file of the current folder
+    if sys.stderr is None:  # it was closed: what is logged goes nowhere
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - as long as the process
     try:
         app(sys.argv[1:], exit_on_error=False)
     except CycloptsError:

@@ -242,8 +242,10 @@ class Daemon:
         feed = self._session.feed
         changed = self.health.connected != feed.connected
         self.health.connected = feed.connected  # before it is told: who hears of it finds it so
-        if changed:
-            self._log.warning("feed connected" if feed.connected else "feed disconnected", feed=feed.name)
+        if changed and feed.connected:
+            self._log.warning("feed connected", feed=feed.name)
+        elif changed:
+            self._log.warning("feed disconnected", feed=feed.name, reason=feed.describe().get("trouble", ""))
         resets = {**feed.resets, **(self._saver.resets if self._saver else {})}
         for why, count in resets.items():
             if count > self._resets.get(why, 0):

@@ -14,11 +14,13 @@ from runners.passwords import without_secrets
 
 QUIET_SECONDS = 10.0
 """A warning or error is not repeated sooner; how many were kept back is told with the next one."""
+FORGOTTEN_SECONDS = 100 * QUIET_SECONDS
+"""After so long, how many were kept back is told no more."""
 TELLING = ("feed", "peer", "path", "reason")
 """Fields by which two of the same event tell different things."""
 EACH = frozenset({"reload refused", "drift"})
 """Events of which none is a repetition: what answers a signal, and what the world does."""
-NUMBERS = re.compile(r"\d+")
+NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")
 """Steps, records and addresses: with others of these, a reason is still the same."""
 
 
@@ -91,6 +93,6 @@ class Once:
             self._last[key] = last, suppressed + 1
             raise structlog.DropEvent
         # Others that were told long ago and never again are forgotten: reasons may be without number.
-        self._last = {one: kept for one, kept in self._last.items() if kept[1] or now - kept[0] < QUIET_SECONDS}
+        self._last = {one: kept for one, kept in self._last.items() if now - kept[0] < FORGOTTEN_SECONDS}
         self._last[key] = now, 0
         return {**event, "suppressed": suppressed} if suppressed else event

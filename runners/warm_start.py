@@ -59,9 +59,10 @@ def learned_with(configuration: Configuration) -> dict[str, str]:
 def _differences(about: Mapping[str, Any], running: Session) -> Iterator[str]:
     """Tell of peers that are not there or not the same; those that only the checkpoint has are left."""
     models, settings = about["models"], about["settings"]
+    new = {f"peers.{peer.name}.optimizer" for peer in running.engine.cohort.peers if peer.name not in models}
     for key, now in learned_with(running.configuration).items():
-        if settings.get(key, now) != now:
-            yield f"  {key}: {settings[key]} in the checkpoint, {now} configured"
+        if key not in new and settings.get(key) != now:
+            yield f"  {key}: {settings.get(key, 'absent')} in the checkpoint, {now} configured"
     for peer in running.engine.cohort.peers:
         if peer.name not in models:
             yield f"  peers: {peer.name} is not in the checkpoint; there are {', '.join(models)}"

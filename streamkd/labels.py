@@ -114,7 +114,8 @@ class Pending:
     def state_dict(self) -> dict[str, Any]:
         """Return the waiting predictions and the counters."""
         classes = [answers.served.shape[1] for answers in self._waiting.values()]
-        waiting = [answers.among(max(classes)) for answers in self._waiting.values()]
+        widest = max(classes, default=0)
+        waiting = [answers.among(widest) for answers in self._waiting.values()]
         together = _concatenate(waiting) if waiting else None
         return {
             "ids": list(self._waiting),

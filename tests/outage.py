@@ -32,7 +32,7 @@ def costs_nothing(broker: Broker, feed: Sequence[str], publish: Callable[[], Non
         told(daemon, "checkpoint")
         broker.stop()
         try:
-            told(daemon, "feed disconnected")
+            assert told(daemon, "feed disconnected")["reason"]
             assert waited(lambda: fetched(port, "/readyz")[0] == 503)
             checks = fetched(port, "/readyz")[1]
             assert json.loads(checks)["checks"]["feed_connected"] is False

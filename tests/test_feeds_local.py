@@ -361,6 +361,27 @@ def test_what_was_taken_from_the_pipe_waits_for_a_disk_that_is_full(pipe: tuple[
     feed.close()
 
 
+def test_what_the_pipe_gave_is_written_at_the_end_or_told_as_lost(tmp_path: Path) -> None:
+    for room in (True, False):
+        reader, writer = os.pipe()
+        folder = tmp_path / f"{room}"
+        feed = stdin(spool=folder, descriptor=reader, columns=("a", "b"), refuse=nobody, **COMMON)
+        put(writer, rows(0, 10))
+        with no_file_longer_than(60):
+            assert polled(feed) == []
+            if not room:
+                with pytest.raises(OSError, match="bytes of standard input are lost: the spool cannot be written"):
+                    feed.close()
+        if room:
+            assert "the spool cannot be written" in feed.describe()["trouble"]
+            feed.close()
+            spool = Spool(folder)
+            assert len(list(spool.lines(spool.first()))) == 10
+            spool.close()
+        os.close(writer)
+        os.close(reader)
+
+
 def test_of_what_a_full_disk_took_in_part_the_rest_is_written_later(pipe: tuple[int, int], tmp_path: Path) -> None:
     reader, writer = pipe
     spool, source = Spool(tmp_path / "spool", segment_bytes=100), Pipe(reader)

@@ -9,6 +9,7 @@ import sys
 from base64 import b64decode
 from contextlib import suppress
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 from urllib.request import urlopen
 
@@ -292,6 +293,33 @@ def test_learning_goes_on_where_the_log_cannot_be_written(*, nobody_reads: bool)
     assert code() == 0
     assert checkpoint.about(checkpoint.newest(Path("saved")))["records"] == 600
     assert code("batch=0") == 2
+
+
+def test_learning_goes_on_where_standard_error_is_closed() -> None:
+    table(Path("d.csv"))
+    settings = ("feed.path=d.csv", "feed.label=y", "http.port=0", "checkpoint.directory=saved")
+    command = [sys.executable, "-m", "runners.cli", "run", "default", *(f"--set={pair}" for pair in settings)]
+    assert subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], check=False).returncode == 0
+    assert checkpoint.about(checkpoint.newest(Path("saved")))["records"] == 600
+
+
+def test_one_error_of_many_objects_is_one_and_what_was_told_long_ago_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(logs.time, "monotonic", lambda: now[0])
+    once, told = logs.Once(), 0
+    for address in range(100):
+        with suppress(structlog.DropEvent):
+            once(None, "", {"level": "error", "event": "closed", "reason": f"<Client object at {4096 * address:#x}>"})
+            told += 1
+    assert told == 1
+    for reason in ascii_letters:
+        for _ in range(2):
+            with suppress(structlog.DropEvent):
+                once(None, "", {"level": "error", "event": "odd", "reason": reason})
+        now[0] += 1_000
+    assert len(once._last) <= 2  # noqa: SLF001 - all that it holds
 
 
 def test_a_warning_is_not_repeated_at_once_and_tells_how_often_it_was_kept_back(

@@ -226,6 +226,7 @@ WRONG = [
     (["peers.1.name=other"], ["peers: other is not in the checkpoint; there are quick, middle, steady"]),
     (["peers.0.model={kind='mlp', widths=[7]}"], ["quick.1.weight: [128, 6] in the checkpoint, [7, 6] configured"]),
     (["peers.0.optimizer={kind='adamw', lr=0.1}"], ["peers.quick.optimizer: sgd in the checkpoint, adamw"]),
+    (["peers.0.optimizer.amsgrad=true", "peers.0.optimizer.kind=adam"], ["peers.quick.optimizer: sgd in", "adam with"]),
     (["max_classes=7"], ["max_classes: 100 in the checkpoint, 7 configured"]),
     (["inputs.standardise=false"], ["inputs.standardise: True in the checkpoint, False configured"]),
     (["feed.ignore=['c']"], ["columns", "gone: ['c']; new: none"]),

@@ -103,8 +103,10 @@ class Spooled:
 
     def close(self) -> None:
         """Close the inlet and the spool."""
-        self._inlet.close()
-        self._spool.close()
+        try:
+            self._inlet.close()
+        finally:
+            self._spool.close()
 
 
 class Arrivals:

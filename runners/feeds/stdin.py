@@ -30,6 +30,7 @@ class Pipe:
         self.ended = False
         self._descriptor = descriptor
         self._rest = self._kept = b""
+        self._spool: Spool | None = None
         self._lines: deque[bytes] = deque()
         self._taken = 0
 
@@ -85,10 +86,20 @@ class Pipe:
         """Do nothing: a pipe gives nothing again."""
 
     def listen(self, spool: Spool) -> None:
-        """Do nothing: a pipe is there."""
+        """Do nothing but remember where to: a pipe is there."""
+        self._spool = spool
 
     def close(self) -> None:
-        """Leave standard input open: it is not ours."""
+        """Write what was taken and could not be written; leave standard input open, as it is not ours.
+
+        Raises:
+            OSError: it still cannot be.
+        """
+        if self._kept and self._spool is not None:
+            try:
+                self.fill(self._spool)
+            except UnreachableError as error:
+                raise OSError(f"{len(self._kept)} bytes of standard input are lost: {error}") from error
 
 
 def stdin(

@@ -199,6 +199,7 @@ class StreamFeed:
         self._about, self._refuse = about, refuse
         self._records = 0
         self._wait, self._next_try = FIRST_WAIT, 0.0
+        self._trouble = ""
         self._uncommitted: Place | None = None
         self._stand(place)
 
@@ -275,12 +276,13 @@ class StreamFeed:
         try:
             self._source.commit(self._uncommitted)
             self._uncommitted = None
-        except UnreachableError:
-            self._lose_touch("commit")
+        except UnreachableError as error:
+            self._lose_touch("commit", error)
 
     def describe(self) -> dict[str, Any]:
-        """Return the stream, its columns and what is known of the labels."""
-        return {**self._about, "waiting": sum(self.lag().values()), **self._decoder.describe()}
+        """Return the stream, its columns, what is known of the labels, and why it cannot be read, if it cannot."""
+        trouble = {} if self.connected else {"trouble": self._trouble}
+        return {**self._about, "waiting": sum(self.lag().values()), **self._decoder.describe(), **trouble}
 
     def close(self) -> None:
         """Let go of the source."""
@@ -323,8 +325,8 @@ class StreamFeed:
             if not self.connected:
                 self._source.open(self._read_to, self._reading.start)
             messages = self._source.read(PREFETCH)
-        except UnreachableError:
-            self._lose_touch("read")
+        except UnreachableError as error:
+            self._lose_touch("read", error)
             return ()
         except PositionLostError as lost:
             self._reset(lost)
@@ -335,8 +337,9 @@ class StreamFeed:
             self._read_to = messages[-1].place
         return messages
 
-    def _lose_touch(self, stage: str) -> None:
+    def _lose_touch(self, stage: str, error: UnreachableError) -> None:
         self.failures[stage] += 1
+        self._trouble = str(error)
         self.connected = False
         self._next_try = time.monotonic() + self._wait
         self._wait = min(2 * self._wait, LONGEST_WAIT)
@@ -353,8 +356,8 @@ class StreamFeed:
         self.resets[lost.reason] += 1
         try:
             self._stand(self._source.open(None, policy))
-        except UnreachableError:
-            self._lose_touch("read")
+        except UnreachableError as error:
+            self._lose_touch("read", error)
 
 
 def _raw(message: Message) -> bytes:

@@ -164,9 +164,11 @@ class Tail:
 
         Until then, whoever writes may not have noticed, and still be writing to this one.
         """
-        held = os.fstat(file.fileno())
+        held, newest = os.fstat(file.fileno()), self._path.stat()  # one look, as long as nothing was rotated
+        if newest.st_ino == held.st_ino:
+            return None
         there = _siblings(self._path)
-        if not there or there[-1].path != self._path or there[-1].stat.st_ino == held.st_ino:
+        if not there or there[-1].path != self._path:
             return None
         at = _index(there, self._place())
         if at is None:
@@ -237,9 +239,10 @@ def _has(one: Sibling, place: Place) -> bool:
     offset = place["offset"]
     try:
         with one.open() as file:
-            head = zlib.crc32(file.read(min(HEAD, offset)))
+            if zlib.crc32(file.read(min(HEAD, offset))) != place["head"]:
+                return False  # before a place in what is compressed is looked for, which takes long
             file.seek(max(0, offset - 1))
-            return head == place["head"] and (not offset or file.read(1) == b"\n")
+            return not offset or file.read(1) == b"\n"
     except FileNotFoundError:
         raise
     except UNREADABLE:
