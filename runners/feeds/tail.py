@@ -119,19 +119,17 @@ class Tail:
 
     @property
     def _opened(self) -> BinaryIO:
-        if self._file is None:
-            self._stand(self._path.open("rb"))
-        assert self._file is not None  # noqa: S101
-        return self._file
+        return self._file or self._stand(self._path.open("rb"))
 
-    def _stand(self, file: BinaryIO, offset: int = 0) -> None:
-        """Leave the file that is open for another."""
+    def _stand(self, file: BinaryIO, offset: int = 0) -> BinaryIO:
+        """Leave the file that is open for another, and return that."""
         self.close()
         self._file = file
         file.seek(0)
         self._head = file.read(min(HEAD, offset))
         file.seek(max(0, offset - HEAD))
         self._last = file.read(min(HEAD, offset))
+        return file
 
     def _check(self) -> None:
         """Hold what was read last against what is there now; a file that was cut may have grown beyond it again."""
