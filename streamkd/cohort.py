@@ -147,7 +147,7 @@ class Cohort:
         """Why updates that were to be compiled are not; empty where they are, or were not to be."""
         if not self._wanted:
             return ""
-        return self.fused.trouble if self.fused else UNFIT
+        return self.fused.take.trouble if self.fused else UNFIT
 
     @property
     def by_hand(self) -> bool:
@@ -171,7 +171,7 @@ class Cohort:
             return []
         rule = self.guidance.prepared(lessons[0].weights.device)
         lessons = lessons[: fused.at_once]
-        if not (rule.teach and all(lesson.plain for lesson in lessons) and fused.serves(lessons, seen)):
+        if not (rule.teach and all(lesson.plain for lesson in lessons)):
             return []
         paces = self._paces(teacher, len(lessons)).to(seen.device) if fused.steps else None
         longest = max(map(len, lessons))

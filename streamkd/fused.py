@@ -1,13 +1,13 @@
 """Updates of peers that lie side by side, compiled into one function of tensors.
 
-At the size of a stream's batches an operation costs more than its arithmetic. `torch.compile` makes one function of two
-updates in a row (answer, lesson, way back, step, averaging), which takes the place of some two hundred operations.
+At the size of a stream's batches an operation costs more than its arithmetic. torch's compiler makes one function of
+two updates in a row (answer, lesson, way back, step, averaging), which takes the place of some two hundred operations.
 
 What it computes is laid out records last, `[peers, features, records]`: so every sum over features or classes, and the
 few classes above all, are gone through in whole vectors of records.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from streamkd.batch import UNLABELLED
+from streamkd.compiling import Compiled
 from streamkd.distillation import gated
-from streamkd.errors import reason
 from streamkd.gradients import TINY
 from streamkd.guidance import Pairs
 from streamkd.lesson import Lesson
@@ -34,56 +34,38 @@ CLASSES = 8
 AT_ONCE = 2
 """Updates made ready and taken in one go at the most: those of a batch, as it is shipped; what is compiled, and held in
 memory, grows with each."""
-SIZES = 64
-"""Functions that are compiled at the most, one for every size; torch's own limit is 8."""
 
 
 @dataclass(frozen=True, slots=True)
 class Teaching:
-    """What does not change from lesson to lesson: the layers, and how students are taught."""
+    """What does not change from lesson to lesson: the layers, how students are taught, and whether they step."""
 
     layers: tuple[nn.Module, ...]
     gate: str
     cap: bool
+    steps: bool
 
 
 class Fused:
-    """Updates of a stack by a compiled function; compiled at the first lessons of a size, which takes some seconds.
+    """Updates of a stack by a compiled function.
 
     Args:
         stack: of the peers.
         gate, cap: of the distillation.
 
     Attributes:
-        trouble: why it cannot be compiled here, or for lessons of some size; empty where it can.
         take: the function below, compiled.
         steps: whether it takes the steps as well; if not, it brings the gradients, for optimizers of their own.
         at_once: lessons that it takes in one call, at the most.
     """
 
     def __init__(self, stack: Stack, *, gate: str, cap: bool) -> None:
-        self.trouble = ""
         self.steps = stack.descends
         self.at_once = AT_ONCE if self.steps else 1
         self._stack = stack
-        self._known: set[tuple[int, ...]] = set()
-        self._failed: set[tuple[int, ...]] = set()
         layers = tuple(leaves(stack.peers[0].module))
-        self._teaching = Teaching(layers, gate, cap)
         self._width = [layer.out_features for layer in layers if isinstance(layer, nn.Linear)][-1]
-        # One thread compiles: processes that wait to compile more would stay for good.
-        self.take: Callable[..., tuple[list[Said], Tensor]] = torch.compile(
-            take, fullgraph=True, dynamic=False, options={"compile_threads": 1}
-        )
-
-    def _size(self, lessons: Sequence[Lesson], seen: Tensor) -> tuple[int, ...]:
-        """Return what a function is compiled for: the classes, and the rows of each lesson."""
-        columns = min(self._width, max(CLASSES, 1 << (len(seen) - 1).bit_length()))
-        return columns, *(-(-len(lesson) // ROWS) * ROWS for lesson in lessons)
-
-    def serves(self, lessons: Sequence[Lesson], seen: Tensor) -> bool:
-        """Whether there is a function for lessons of these sizes, as far as is known before it is compiled."""
-        return not self._failed or self._size(lessons, seen) not in self._failed
+        self.take = Compiled(partial(take, Teaching(layers, gate, cap, self.steps)))
 
     @torch.no_grad()
     def __call__(
@@ -102,29 +84,20 @@ class Fused:
             Of each lesson the losses, their parts, the answers and the norms, see `Learned`; None where it cannot be
             compiled, or is not finite.
         """
-        columns, *rows = size = self._size(lessons, seen)
+        columns = min(self._width, max(CLASSES, 1 << (len(seen) - 1).bit_length()))
         if columns > len(seen):
             seen = functional.pad(seen, (0, columns - len(seen)))
         rule = (pairs.sources, pairs.students, pairs.alphas, pairs.portions, pairs.temperatures, pairs.betas)
-        filled = [_filled(lesson, count) for lesson, count in zip(lessons, rows, strict=True)]
-        take = partial(self.take, self._teaching, self._stack.operands, filled, seen, rule, paces=paces)
-        try:
-            if size in self._known:
-                told, norms = take()
-            else:
-                with torch._dynamo.config.patch(cache_size_limit=SIZES):  # noqa: SLF001 - documented under this name
-                    told, norms = take()
-                self._known.add(size)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever a compiler that is not there, or is another, comes to
-            self.trouble = reason(error)
-            self._failed.add(size)
+        paced = () if paces is None else (paces,)
+        told = self.take(*self._stack.operands, seen, *rule, *paced, *chain.from_iterable(map(_filled, lessons)))
+        if told is None:
             return None
+        *said, norms = told
         lengths: list[list[float]] = norms.tolist()
         if not all(map(isfinite, chain.from_iterable(lengths))):
             return None
-        return [(*_cropped(said, len(one)), own) for one, said, own in zip(lessons, told, lengths, strict=True)]
+        each = zip(said[::3], said[1::3], said[2::3], strict=True)
+        return [(*_cropped(one, len(lesson)), own) for lesson, one, own in zip(lessons, each, lengths, strict=True)]
 
     def stepped(self, going: Sequence[bool]) -> None:
         """Count a step of those peers that took it."""
@@ -138,9 +111,9 @@ def fits(groups: Sequence[Group]) -> bool:
     return len(groups) == 1 and isinstance(groups[0], Stack)
 
 
-def _filled(lesson: Lesson, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _filled(lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
     """Fill a lesson up with rows that weigh nothing."""
-    short = rows - len(lesson)
+    short = -len(lesson) % ROWS
     if not short:
         return lesson.x, lesson.y, lesson.weights
     x = torch.cat([lesson.x, lesson.x.new_zeros(short, *lesson.x.shape[1:])])
@@ -154,39 +127,30 @@ def _cropped(said: Said, rows: int) -> Said:
     return said if len(losses) == rows else (losses[:rows], parts[..., :rows], answers[:, :rows])
 
 
-def take(
-    teaching: Teaching,
-    peers: Sequence[Tensor],
-    lessons: Sequence[Sequence[Tensor]],
-    seen: Tensor,
-    rule: Sequence[Tensor],
-    *,
-    paces: Tensor | None,
-) -> tuple[list[Said], Tensor]:
+def take(teaching: Teaching, *operands: Tensor) -> list[Tensor]:
     """Answer, teach, go back and step, lesson by lesson.
 
     Args:
         teaching: see there.
-        peers: their weights and below them their averages' `[2 * peers, all]`; where gradients are written
-            `[peers, all]`; their clips `[peers]`.
-        lessons: each `[m, ...]`, `[m]` and `[m]`: the examples, their labels, their weights.
-        seen: bool, which of the first classes were met so far; all others are ruled out.
-        rule: of pairs, sources and students `[pairs]`, alphas, portions and temperatures `[pairs, 1]`; and the betas
-            `[peers, 1]`.
-        paces: see `Fused`. Nothing changes if anything is not finite.
+        operands: first the peers' weights and below them their averages' `[2 * peers, all]`, where gradients are
+            written `[peers, all]`, and the peers' clips `[peers]`; which of the first classes were met so far, all
+            others being ruled out `[classes]`; of pairs, sources and students `[pairs]`, alphas, portions and
+            temperatures `[pairs, 1]`, and the betas `[peers, 1]`; where steps are taken, the paces, see `Fused`; and of
+            each lesson the examples `[m, ...]`, their labels and weights `[m]`.
 
     Returns:
-        Of each lesson the losses `[m]`, their parts `[3, peers, m]` and the answers `[peers, m]`; and the norms of all
-        gradients before they were cut `[lessons, peers]`, not finite where the loss is not.
+        Of each lesson the losses `[m]`, their parts `[3, peers, m]` and the answers `[peers, m]`; and last the norms of
+        all gradients before they were cut `[lessons, peers]`, not finite where the loss is not; then nothing changes.
     """
-    weights, gradients, clips = peers
+    (weights, gradients, clips, seen), rule, rest = operands[:4], operands[4:10], list(operands[10:])
+    paces = rest.pop(0) if teaching.steps else None
     rows, averages = weights.chunk(2)
-    told: list[Said] = []
+    told: list[Tensor] = []
     norms: list[Tensor] = []
-    for number, lesson in enumerate(lessons):
+    for number, lesson in enumerate(zip(rest[::3], rest[1::3], rest[2::3], strict=True)):
         said, gradient, norm = _update(teaching, rows, lesson, seen, rule)
         cut = (clips / norm).clamp(max=1.0)[:, None]
-        told.append(said)
+        told += said
         norms.append(norm)
         if paces is None:
             gradients.copy_(gradient * cut)
@@ -196,7 +160,7 @@ def take(
     found = torch.stack(norms)
     if paces is not None:
         weights.copy_(torch.where(found.isfinite().all(), torch.cat([rows, averages]), weights))
-    return told, found
+    return [*told, found]
 
 
 def _update(

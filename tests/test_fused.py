@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from test_stack import BUILDS, CLASSES, FEATURES, Build, lesson, peers, same
-from torch import nn
+from torch import Tensor, nn
 from worlds import stored
 
 from streamkd import UNLABELLED, Batch, Cohort, Distillation, Engine, stream_classes, views
 from streamkd.cohort import UNFIT
-from streamkd.fused import ROWS, take
+from streamkd.compiling import Compiled, Function
+from streamkd.fused import ROWS
 from streamkd.lesson import Lesson
 from streamkd.losses import dist
 from streamkd.models import mlp
@@ -23,11 +25,16 @@ from streamkd.schedules import constant
 RULE = {"burn_in": 2, "alpha": constant(0.7), "temperature": constant(2.0), "beta": constant(0.8)}
 
 
-def cohorts(build: Build, optimizer: str = "sgd", **rule: Any) -> tuple[Cohort, Cohort]:
+def as_it_is(function: Function, _: Sequence[Tensor]) -> Function:
+    """Stand in for a compiler."""
+    return function
+
+
+def cohorts(build: Build, optimizer: str = "sgd", *, compiler: Any = as_it_is, **rule: Any) -> tuple[Cohort, Cohort]:
     """One cohort as it is, and one by the function of whole updates, which is not compiled here."""
     plain, fused = (Cohort(peers(build, optimizer), Distillation(**RULE | rule), compiled=it) for it in (False, True))
     assert fused.fused is not None
-    fused.fused.take = take
+    fused.fused.take = Compiled(fused.fused.take.function, compiler)
     return plain, fused
 
 
@@ -93,16 +100,19 @@ def test_updates_taken_together_come_to_what_they_come_to_one_by_one(
 def test_two_updates_go_into_one_call_unless_optimizers_have_to_step_between_them(
     optimizer: str, calls: list[int]
 ) -> None:
-    _, fused = cohorts(BUILDS["normed"], optimizer)
     asked: list[int] = []
 
-    def counted(teaching: Any, peers: Any, lessons: Any, *rest: Any, **options: Any) -> Any:
-        asked.append(len(lessons))
-        return take(teaching, peers, lessons, *rest, **options)
+    def counted(function: Function, _: Sequence[Tensor]) -> Function:
+        def call(*operands: Tensor) -> Sequence[Tensor]:
+            told = function(*operands)
+            asked.append(len(told[-1]))
+            return told
 
+        return call
+
+    _, fused = cohorts(BUILDS["normed"], optimizer, compiler=counted)
     learn(fused, range(2))
-    assert fused.fused is not None
-    fused.fused.take = counted
+    assert not asked  # in the burn-in nobody teaches
     fused.guidance.schedule(1, CLASSES)
     options: Any = {"teacher": 1, "seen": torch.tensor([True, True]), "weights": torch.full((6,), 1 / 6)}
     fused.learn([some(number, 12) for number in range(5)], **options)
@@ -112,36 +122,22 @@ def test_two_updates_go_into_one_call_unless_optimizers_have_to_step_between_the
     assert asked == calls
 
 
-@pytest.mark.slow
-def test_more_sizes_are_compiled_than_torch_would_by_itself(capfd: pytest.CaptureFixture[str]) -> None:
-    torch._dynamo.reset()  # noqa: SLF001 - what other tests compiled
-    _, fused = cohorts(BUILDS["linear"])
-    assert fused.fused is not None
-    fused.fused.take = torch.compile(take, backend="eager", fullgraph=True, dynamic=False)
-    learn(fused, range(2))
-    for n in range(8, 200, 16):
-        learn(fused, range(1), n)
-        assert fused.uncompiled == ""
-    assert "recompile_limit" not in capfd.readouterr().err
-
-
 def test_a_size_that_cannot_be_compiled_leaves_the_others_as_they_are() -> None:
-    _, fused = cohorts(BUILDS["normed"])
     asked: list[int] = []
 
-    def narrow(teaching: Any, peers: Any, lessons: Any, *rest: Any, **options: Any) -> Any:
-        asked.append(len(lessons[0][1]))
-        if len(lessons[0][1]) > ROWS:
+    def narrow(function: Function, operands: Sequence[Tensor]) -> Function:
+        asked.append(len(operands[-1]))
+        if len(operands[-1]) > ROWS:
             raise RuntimeError("too large for it")
-        return take(teaching, peers, lessons, *rest, **options)
+        return function
 
-    learn(fused, range(2))
-    assert fused.fused is not None
-    fused.fused.take = narrow
-    for n in (12, 20, 12, 20):
-        learn(fused, range(1), n)
-    assert asked == [16, 32, 16]
+    plain, fused = cohorts(BUILDS["normed"], compiler=narrow)
+    for n in (12, 12, 12, 20, 12, 20):
+        for made in (plain, fused):
+            learn(made, range(1), n)
+    assert asked == [16, 32]
     assert "too large for it" in fused.uncompiled
+    assert same(plain, fused)
 
 
 def test_of_updates_taken_together_those_after_one_with_a_record_at_fault_are_not_taken() -> None:
@@ -249,7 +245,6 @@ def engine(*, compiled: bool = True) -> Engine:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="a C++ compiler of another kind")
 def test_a_compiled_run_goes_on_from_its_checkpoint_and_one_that_is_not_reads_it() -> None:
-    torch._dynamo.reset()  # noqa: SLF001 - what other tests compiled
     chance = torch.Generator().manual_seed(0)
     stream = []
     for _ in range(60):

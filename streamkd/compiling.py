@@ -1,0 +1,82 @@
+"""Functions of tensors, compiled for every shape in which these come.
+
+`torch.compile` asks at every call whether what it compiled still holds (its guards), and that costs more than a small
+network's answer. Here a function is traced as it stands: whatever is no tensor is constant, and the shapes and types of
+the tensors are all that is asked about.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from streamkd.errors import reason
+
+SIZES = 64
+"""Shapes that are compiled for at the most: each takes seconds, and memory."""
+
+
+Function = Callable[..., Sequence[Tensor]]
+
+
+def compiled(function: Function, tensors: Sequence[Tensor]) -> Function:
+    """Compile a function for tensors of these shapes, by what `torch.compile` leaves the work to."""
+    from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - it takes a while to import
+
+    with torch.inference_mode(mode=False), torch.enable_grad():  # in which a function may ask for gradients of its own
+        examples = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=one.device) for one in tensors]
+        graph = make_fx(function, tracing_mode="fake")(*examples)
+    made: Function = torch._inductor.standalone_compile(  # noqa: SLF001 - known by this name
+        graph,
+        examples,
+        dynamic_shapes="from_example_inputs",
+        # One thread compiles: processes that wait to compile more would stay for good.
+        options={"config_patches": {"compile_threads": 1}},
+    )
+    return made
+
+
+class Compiled:
+    """A compiled function; compiled at the first call with tensors of these shapes, which takes some seconds.
+
+    Args:
+        function: from tensors to a sequence of tensors. Nothing else that it reads may change, and no branch that it
+            takes may hang on what is in the tensors.
+        compiler: makes a function for tensors like those given.
+
+    Attributes:
+        trouble: why it was not compiled, for tensors of some shape; empty if it was.
+    """
+
+    def __init__(
+        self, function: Function, compiler: Callable[[Function, Sequence[Tensor]], Function] = compiled
+    ) -> None:
+        self.function = function
+        self.trouble = ""
+        self._compiler = compiler
+        self._made: dict[tuple[Any, ...], Function | None] = {}
+
+    def __call__(self, *tensors: Tensor) -> Sequence[Tensor] | None:
+        """Return what the function returns; None where it cannot be compiled.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room.
+        """
+        like = tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
+        try:
+            if like not in self._made:
+                self._made[like] = self._make(tensors)
+            made = self._made[like]
+            return None if made is None else made(*tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a compiler that is not there, or is another, comes to
+            self.trouble = reason(error)
+            self._made[like] = None
+            return None
+
+    def _make(self, tensors: Sequence[Tensor]) -> Function:
+        if len(self._made) >= SIZES:
+            raise RuntimeError(f"there were tensors of more than {SIZES} shapes")
+        return self._compiler(self.function, tensors)
