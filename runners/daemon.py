@@ -233,7 +233,7 @@ class Daemon:
             raise
 
     def _tell_uncompiled(self) -> None:
-        trouble = self._session.engine.cohort.uncompiled
+        trouble = self._session.engine.uncompiled
         if trouble != self._trouble:
             self._trouble = trouble
             self._log.warning("not compiled", reason=trouble, remedy="it learns as without compile = true, only slower")

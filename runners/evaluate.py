@@ -135,7 +135,7 @@ def evaluate(
             seconds,
             running.dead_letters.counts,
             classes if isinstance(classes, list) else [],
-            running.engine.cohort.uncompiled,
+            running.engine.uncompiled,
         )
     finally:
         running.close()

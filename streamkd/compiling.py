@@ -29,7 +29,7 @@ def compiled(function: Function, tensors: Sequence[Tensor]) -> Function:
         graph = make_fx(function, tracing_mode="fake")(*examples)
     made: Function = torch._inductor.standalone_compile(  # noqa: SLF001 - known by this name
         graph,
-        examples,
+        [*examples],
         dynamic_shapes="from_example_inputs",
         # One thread compiles: processes that wait to compile more would stay for good.
         options={"config_patches": {"compile_threads": 1}},

@@ -23,7 +23,8 @@ from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Answers, Pending
 from streamkd.lesson import Learned, means
 from streamkd.lessons import Lessons
-from streamkd.logits import UNSEEN, mask_unseen
+from streamkd.logits import UNSEEN
+from streamkd.members import Members
 from streamkd.peer import Peer
 from streamkd.pool import Pool
 from streamkd.replay import Memories, Recall, ReplayBuffer
@@ -64,7 +65,7 @@ class Engine:
         inputs: scaling of the raw inputs, or `Raw()` for none.
         augment: changes raw inputs a little before they are learned, anew for every update; none by default.
         device: where models and batches are computed.
-        compiled: whether updates are compiled, those that can be; `cohort.uncompiled` tells what stands in the way.
+        compiled: whether answers and updates are, those that can be; `uncompiled` tells what stands in the way.
         clock: reads seconds, for `Report.seconds`; streamkd itself never looks at a clock.
     """
 
@@ -101,6 +102,7 @@ class Engine:
         self.pending = Pending() if pending is None else pending
         self.inputs = inputs or Standardiser()
         self.augment = augment
+        self.members = Members(self.cohort, self.inputs)
         self._lessons = Lessons(self.inputs, augment, self.cohort.distillation, self.device)
         self.transfer = TransferEfficiency(len(peers))
         self.clock = clock
@@ -112,6 +114,11 @@ class Engine:
         self.accuracy = 0.0  # of the served answer, running over 1,000 records
         self._lap = 0.0
         self._seconds: dict[str, float] = {}
+
+    @property
+    def uncompiled(self) -> str:
+        """Why what was to be compiled is not; empty where it is, or was not to be."""
+        return self.cohort.uncompiled or (self.members.say.trouble if self.members.say else "")
 
     def run(self, feed: Iterable[Batch]) -> Iterator[Report]:
         """Step through every batch of `feed`."""
@@ -181,11 +188,7 @@ class Engine:
         """
         seen, width = self.seen[: self._width], self._width
         with self._untracked():
-            if x.shape[0]:  # read once: all that is made of it is made on the CPU
-                logits = self.cohort.predict(self.inputs(x), width).cpu()
-            else:
-                logits = torch.zeros(2 * len(self.cohort), 0, width)
-            told = mask_unseen(logits, seen).log_softmax(-1).numpy()
+            told = self.members(x, self._seen).numpy()
         log_p = torch.from_numpy(told)  # anew, for what is made in there is of no use to autograd
         served = self.served.answer(log_p)
         if self.pool is not None:

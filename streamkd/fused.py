@@ -54,6 +54,7 @@ class Fused:
         gate, cap: of the distillation.
 
     Attributes:
+        layers: of a peer.
         take: the function below, compiled.
         steps: whether it takes the steps as well; if not, it brings the gradients, for optimizers of their own.
         at_once: lessons that it takes in one call, at the most.
@@ -63,9 +64,9 @@ class Fused:
         self.steps = stack.descends
         self.at_once = AT_ONCE if self.steps else 1
         self._stack = stack
-        layers = tuple(leaves(stack.peers[0].module))
-        self._width = [layer.out_features for layer in layers if isinstance(layer, nn.Linear)][-1]
-        self.take = Compiled(partial(take, Teaching(layers, gate, cap, self.steps)))
+        self.layers = tuple(leaves(stack.peers[0].module))
+        self._width = [layer.out_features for layer in self.layers if isinstance(layer, nn.Linear)][-1]
+        self.take = Compiled(partial(take, Teaching(self.layers, gate, cap, self.steps)))
 
     @torch.no_grad()
     def __call__(
@@ -84,9 +85,7 @@ class Fused:
             Of each lesson the losses, their parts, the answers and the norms, see `Learned`; None where it cannot be
             compiled, or is not finite.
         """
-        columns = min(self._width, max(CLASSES, 1 << (len(seen) - 1).bit_length()))
-        if columns > len(seen):
-            seen = functional.pad(seen, (0, columns - len(seen)))
+        seen = self.widened(seen)
         rule = (pairs.sources, pairs.students, pairs.alphas, pairs.portions, pairs.temperatures, pairs.betas)
         paced = () if paces is None else (paces,)
         told = self.take(*self._stack.operands, seen, *rule, *paced, *chain.from_iterable(map(_filled, lessons)))
@@ -98,6 +97,16 @@ class Fused:
             return None
         each = zip(said[::3], said[1::3], said[2::3], strict=True)
         return [(*_cropped(one, len(lesson)), own) for lesson, one, own in zip(lessons, each, lengths, strict=True)]
+
+    @property
+    def weights(self) -> Tensor:
+        """`[2 * members, all]`, the averages' last."""
+        return self._stack.operands[0]
+
+    def widened(self, seen: Tensor) -> Tensor:
+        """Fill `seen` up with classes that were never met, so that a class more is seldom compiled for."""
+        columns = min(self._width, max(CLASSES, 1 << (len(seen) - 1).bit_length()))
+        return functional.pad(seen, (0, columns - len(seen))) if columns > len(seen) else seen
 
     def stepped(self, going: Sequence[bool]) -> None:
         """Count a step of those peers that took it."""
@@ -169,7 +178,7 @@ def _update(
     """Work out one lesson: losses, their parts, answers, the gradients `[peers, all]`, and their norms."""
     x, y, shares = lesson
     sources, students, alphas, portions, temperatures, betas = rule
-    logits, back, *_ = torch.func.vjp(partial(_answer, teaching.layers, x, len(seen)), _cut(teaching.layers, rows))
+    logits, back, *_ = torch.func.vjp(partial(answer, teaching.layers, x, len(seen)), rows)
     logits = logits.masked_fill(~seen[:, None], UNSEEN)
     log_p, known = logits.log_softmax(1), y != UNLABELLED
     truth = (torch.arange(len(seen), device=y.device)[:, None] == y).to(log_p)
@@ -185,23 +194,17 @@ def _update(
         taught = taught * (gradient.norm(dim=1) / taught.norm(dim=1).clamp(min=TINY)).clamp(max=1.0)[:, None]
     nothing = torch.zeros_like(hard)
     parts = (hard, nothing.index_add(0, students, gate * loss), nothing.index_add(0, students, portions * loss))
-    (found,) = back((gradient + taught) * shares)
-    whole = torch.cat([part.flatten(1) for part in found], 1)
+    (whole,) = back((gradient + taught) * shares)
     norms = torch.where(hard.sum(1).isfinite(), whole.norm(dim=1), torch.nan)
     return (hard.mean(0), torch.stack(parts), logits.argmax(1)), whole, norms
 
 
-def _cut(layers: Sequence[nn.Module], rows: Tensor) -> list[Tensor]:
-    """Cut rows of weights into one tensor a parameter, `[peers, *its shape]`."""
+def answer(layers: Sequence[nn.Module], x: Tensor, classes: int, rows: Tensor) -> Tensor:
+    """Answer `x` `[m, ...]` by weights `[peers, all]`: the logits of the first `classes`, `[peers, classes, m]`."""
     parameters = [parameter for layer in layers for parameter in layer.parameters()]
     parts = torch.split(rows, [parameter.numel() for parameter in parameters], 1)
-    return [part.view(len(rows), *p.shape) for part, p in zip(parts, parameters, strict=True)]
-
-
-def _answer(layers: Sequence[nn.Module], x: Tensor, classes: int, weights: Sequence[Tensor]) -> Tensor:
-    """Answer `x` `[m, ...]` by all peers' weights: the logits of the first `classes`, `[peers, classes, m]`."""
-    left = list(weights)
-    x = x.flatten(1).T.expand(len(left[0]), -1, -1)
+    left = [part.view(len(rows), *p.shape) for part, p in zip(parts, parameters, strict=True)]
+    x = x.flatten(1).T.expand(len(rows), -1, -1)
     for layer in layers:
         if isinstance(layer, nn.Linear):
             kept = classes if layer is layers[-1] else layer.out_features  # what comes after it may look at all

@@ -52,19 +52,27 @@ class Standardiser:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x` standardised, clipped, and without missing values."""
-        if len(self._mean):
+        return self.scaled(x, *self.scale(x))
+
+    def scaled(self, x: Tensor, *scale: Tensor) -> Tensor:
+        """Return `x` as above, by a `scale`; of what was learned this knows nothing else."""
+        if scale:
             # Single precision comes after centring: a column of time stamps would lose its seconds before it.
             x = x if x.is_floating_point() else x.float()
-            centre, scale = self._shaped(x)
-            x = (x - centre).mul_(scale)
+            centre, factor = scale
+            x = (x - centre).mul_(factor)
         return torch.nan_to_num(x.float(), nan=0.0).clamp_(-self.clip, self.clip)
 
-    def _shaped(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        like = (x.dim(), x.dtype, x.device)
+    def scale(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the centre of inputs like `x`, and what to multiply by then; nothing before any was learned."""
+        if not len(self._mean):
+            return ()
+        dtype = x.dtype if x.is_floating_point() else torch.float32
+        like = (x.dim(), dtype, x.device)
         if like not in self._ready:
-            shape = (1, -1) + (1,) * (x.dim() - 2)
+            columns = np.stack([self._mean, self._scale]).reshape(2, 1, -1, *[1] * (x.dim() - 2))
             with torch.inference_mode(mode=False):  # whoever asks next may want a gradient
-                self._ready[like] = self.mean.view(shape).to(x), torch.from_numpy(self._scale).view(shape).to(x)
+                self._ready[like] = torch.from_numpy(columns).to(x.device, dtype).unbind()
         return self._ready[like]
 
     @property
@@ -98,7 +106,7 @@ class Standardiser:
         varies = spread > 0
         # A feature that never varied says nothing, and must not be blown up when it first does.
         self._scale = np.where(varies, 1 / np.maximum(spread, 1e-12), 1.0)
-        self._ready: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._ready: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, ...]] = {}
         # The least and the greatest value that the scale is learned from.
         longest = spread * np.sqrt(np.maximum(self.clip**2, SHARE * count))
         reach = np.where(varies & (count >= FEW), longest, np.inf)
@@ -142,6 +150,14 @@ class Raw:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return `x` without missing values."""
+        return self.scaled(x)
+
+    def scale(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002 - as it is asked for
+        """Return nothing: nothing is learned."""
+        return ()
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """Return `x` as above."""
         return x.float() / 255 if x.dtype == torch.uint8 else torch.nan_to_num(x.float(), nan=0.0)
 
     def state_dict(self) -> dict[str, Any]:

@@ -253,7 +253,7 @@ def test_a_compiled_run_goes_on_from_its_checkpoint_and_one_that_is_not_reads_it
     unbroken = engine()
     for batch in stream:
         unbroken.step(batch)
-    assert unbroken.cohort.uncompiled == ""
+    assert unbroken.uncompiled == ""
     killed, resumed, plain = engine(), engine(), engine(compiled=False)
     for batch in stream[:30]:
         killed.step(batch)

@@ -77,7 +77,7 @@ def small(rounds: int) -> dict[str, Ratio]:
         warm_up=WARM_UP,
     )
     found = {name: ratio(taken["engine"], taken[name]) for name in ("bare", "networks", "plain")}
-    if not compiled.cohort.uncompiled:
+    if not compiled.uncompiled:
         found["compiled"] = ratio(taken["compiled"], taken["engine"])
     return found
 
