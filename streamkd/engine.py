@@ -103,7 +103,8 @@ class Engine:
         self.inputs = inputs or Standardiser()
         self.augment = augment
         self.members = Members(self.cohort, self.inputs)
-        self._lessons = Lessons(self.inputs, augment, self.cohort.distillation, self.device)
+        compiled = self.cohort.fused is not None
+        self._lessons = Lessons(self.inputs, augment, self.cohort.distillation, self.device, compiled=compiled)
         self.transfer = TransferEfficiency(len(peers))
         self.clock = clock
         self.seen = torch.zeros(classes, dtype=torch.bool)

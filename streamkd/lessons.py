@@ -1,17 +1,23 @@
 """From a batch, memories, and answers without a label to the lessons of all updates."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from streamkd.compiling import Compiled
 from streamkd.distillation import Distillation
+from streamkd.fused import AT_ONCE, ROWS
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Answers
 from streamkd.lesson import Lesson, joined
 from streamkd.replay import Memories
 from streamkd.untold import doubted, interpolated
+
+Scaled = Callable[..., Tensor]
 
 
 class Lessons:
@@ -22,6 +28,7 @@ class Lessons:
         augment: changes raw inputs a little, anew for every update; None: nothing does.
         rule: how peers teach one another.
         device: of the models.
+        compiled: whether this is, for batches of whole rows, see `fused.ROWS`.
     """
 
     def __init__(
@@ -30,11 +37,16 @@ class Lessons:
         augment: Callable[[Tensor], Tensor] | None,
         rule: Distillation,
         device: torch.device,
+        *,
+        compiled: bool = False,
     ) -> None:
         self._inputs = inputs
         self._augment = augment
         self._rule = rule
         self._device = device
+        self._ready = partial(_ready, scaled=inputs.scaled)
+        counts = range(1, AT_ONCE + 1) if compiled else ()
+        self._quick = {updates: Compiled(partial(self._ready, updates=updates)) for updates in counts}
 
     def __call__(
         self, answers: Answers, memories: Memories, untold: Answers | None, *, updates: int, seen: Tensor
@@ -49,14 +61,10 @@ class Lessons:
             seen: bool, which of the first classes were met so far.
         """
         past, raw = memories.x.to(self._device), answers.x.to(self._device, non_blocking=True)
-        y, weights = answers.y.to(self._device), memories.weights / max(1, len(memories) // updates)
-        past_x, x = self._shown(past, raw, updates)
-        columns = (
-            dealt(past_x, x.expand(updates, *x.shape[1:])),
-            dealt(memories.y.to(self._device), y.expand(updates, -1)),
-            dealt(weights.to(self._device), _even(raw).expand(updates, -1)),
-        )
-        lessons = [Lesson(*parts) for parts in zip(*(column.unbind() for column in columns), strict=True)]
+        y = answers.y.to(self._device)
+        others = memories.y.to(self._device), y, memories.weights.to(self._device)
+        dealt_out = self._dealt_out(updates, past, raw, *others)
+        lessons = list(map(Lesson, dealt_out[::3], dealt_out[1::3], dealt_out[2::3]))
         among = self._rule.stream_classes(y, len(seen))
         if among is not None:  # memories are told apart among all classes
             among = dealt(among.new_ones(len(past), len(seen)), among.expand(updates, *among.shape))
@@ -68,22 +76,18 @@ class Lessons:
             lessons = [replace(lesson, views=tuple(own)) for lesson, *own in zip(lessons, *views, strict=True)]
         return lessons if untold is None else self._with(lessons, untold, seen)
 
-    def _shown(self, past: Tensor, raw: Tensor, updates: int) -> tuple[Tensor, Tensor]:
-        """Make memories `[m, ...]` and the batch ready, for each update `[updates, n, ...]`, or for all `[1, n, ...]`.
-
-        They are scaled together, for to scale a few records costs as much as to scale many.
-        """
-        if self._augment is None:
-            own = raw[None]
-        else:
-            past = self._augment(past) if len(past) else past
-            own = torch.stack([self._augment(raw) for _ in range(updates)])
-        rows = own.flatten(0, 1)
-        if not len(past) or past.dtype != rows.dtype:  # bytes go from 0 to 255, numbers of another type may not
-            x, past_x = self._inputs(rows), self._inputs(past) if len(past) else past
-        else:
-            past_x, x = torch.split(self._inputs(torch.cat([past, rows])), [len(past), len(rows)])
-        return past_x, x.view(*own.shape[:2], *x.shape[1:])
+    def _dealt_out(self, updates: int, past: Tensor, raw: Tensor, *others: Tensor) -> Sequence[Tensor]:
+        """Make inputs ready, and deal all out, see below."""
+        if self._augment is None and (not len(past) or past.dtype == raw.dtype):
+            given = past, raw, *others, *self._inputs.scale(raw)
+            quick = self._quick.get(updates) if len(raw) % ROWS == 0 else None
+            return (quick and quick(*given)) or self._ready(*given, updates=updates)
+        change = self._augment or (lambda x: x)
+        past = change(past) if len(past) else past
+        own = torch.stack([change(raw) for _ in range(updates)])
+        # Apart, for they may be of two types: bytes go from 0 to 255, and other numbers as they like.
+        past_x = self._inputs(past) if len(past) else past
+        return _dealt_out(past_x, self._inputs(own.flatten(0, 1)).view_as(own), *others)
 
     def _views(self, raw: Tensor) -> list[Tensor]:
         """Make ever harder views of raw inputs, ready for the models."""
@@ -100,6 +104,26 @@ class Lessons:
         mixed = [interpolated(x, targets, rule.interpolate) for _ in lessons]
         weights = _even(x) * rule.unlabelled
         return [joined([one, Lesson(x, y, weights, p)]) for one, (x, p) in zip(lessons, mixed, strict=True)]
+
+
+def _ready(
+    past: Tensor, raw: Tensor, past_y: Tensor, y: Tensor, weights: Tensor, *scale: Tensor, scaled: Scaled, updates: int
+) -> list[Tensor]:
+    """Scale memories and a batch together, for to scale a few records costs as much as to scale many; deal them out."""
+    rows = torch.cat([past, raw]) if len(past) else raw
+    past_x, x = torch.split(scaled(rows, *scale), [len(past), len(raw)])
+    return _dealt_out(past_x, x.expand(updates, *x.shape), past_y, y, weights)
+
+
+def _dealt_out(past_x: Tensor, x: Tensor, past_y: Tensor, y: Tensor, weights: Tensor) -> list[Tensor]:
+    """Return of one lesson after the other the inputs, the labels, and the weights."""
+    updates = len(x)
+    columns = (
+        dealt(past_x, x),
+        dealt(past_y, y.expand(updates, -1)),
+        dealt(weights / max(1, len(past_x) // updates), _even(x[0]).expand(updates, -1)),
+    )
+    return list(chain.from_iterable(zip(*(column.unbind() for column in columns), strict=True)))
 
 
 def dealt(past: Tensor, present: Tensor) -> Tensor:
