@@ -292,7 +292,7 @@ class Engine:
         if batch.ids or not rule.unlabelled or self.guidance.updates < rule.burn_in:
             return None
         unknown = ~labelled(said.y)
-        if not bool(unknown.any()):
+        if not unknown.numpy().any():
             return None
         return said.rows(unknown & (said.served.max(-1).values >= rule.confidence)) or None
 

@@ -68,7 +68,6 @@ class Fused:
         self._width = [layer.out_features for layer in self.layers if isinstance(layer, nn.Linear)][-1]
         self.take = Compiled(partial(take, Teaching(self.layers, gate, cap, self.steps)))
 
-    @torch.no_grad()
     def __call__(
         self, lessons: Sequence[Lesson], seen: Tensor, pairs: Pairs, paces: Tensor | None
     ) -> list[tuple[Tensor, Tensor, Tensor, list[float]]] | None:

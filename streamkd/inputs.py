@@ -41,7 +41,7 @@ class Standardiser:
         if not len(self._mean):
             self._learned(*np.zeros((3, x.shape[1])))
         count, mean, square = (_of_bytes if x.dtype == torch.uint8 else _of_numbers)(x, *self._believable)
-        places = x[0, 0].numel()  # of an image, each of which counts as that share of a record
+        places = x.shape[2:].numel()  # of an image, each of which counts as that share of a record
         count, square = count / places, square / places
         total = self._count + count
         share = count / np.maximum(total, 1)
@@ -70,9 +70,9 @@ class Standardiser:
         dtype = x.dtype if x.is_floating_point() else torch.float32
         like = (x.dim(), dtype, x.device)
         if like not in self._ready:
-            columns = np.stack([self._mean, self._scale]).reshape(2, 1, -1, *[1] * (x.dim() - 2))
             with torch.inference_mode(mode=False):  # whoever asks next may want a gradient
-                self._ready[like] = torch.from_numpy(columns).to(x.device, dtype).unbind()
+                columns = torch.from_numpy(np.array([self._mean, self._scale])).to(x.device, dtype)
+                self._ready[like] = columns.view(2, 1, -1, *[1] * (x.dim() - 2)).unbind()
         return self._ready[like]
 
     @property
@@ -113,21 +113,20 @@ class Standardiser:
         self._believable = (mean - reach)[:, None], (mean + reach)[:, None]
 
 
-def _of_numbers(x: Tensor, least: Array, most: Array) -> tuple[Array, Array, Array]:
-    """Return count, mean and sum of squared distances from it, `[features]` each, of what is known, moved in."""
-    values = _by_feature(x).double().cpu().numpy()  # [features, m]; numpy is the quicker one on so little
+def _of_numbers(x: Tensor, least: Array, most: Array) -> tuple[Array | float, Array, Array]:
+    """Return count, mean and sum of squared distances from it, of each feature, of what is known, moved in."""
+    values = x.double().cpu().numpy().swapaxes(0, 1).reshape(x.shape[1], -1)  # numpy is the quicker one on so little
     known = np.isfinite(values)  # an infinity in the sums would never leave them
     values = np.minimum(np.maximum(values, least), most)
     if known.all():
-        count = np.full(len(values), float(values.shape[1]))
-        mean = values.sum(1) / count
-        return count, mean, np.square(values - mean[:, None]).sum(1)
+        mean = values.sum(1) / values.shape[1]
+        return float(values.shape[1]), mean, np.square(values - mean[:, None]).sum(1)
     count = known.sum(1)
     mean = values.sum(1, where=known) / np.maximum(count, 1)
     return count, mean, np.square(values - mean[:, None]).sum(1, where=known)
 
 
-def _of_bytes(x: Tensor, least: Array, most: Array) -> tuple[Array, Array, Array]:
+def _of_bytes(x: Tensor, least: Array, most: Array) -> tuple[Array | float, Array, Array]:
     """Likewise of pixels, which are counted: there are 256 values only, and many pixels."""
     count = torch.stack([torch.bincount(values, minlength=256) for values in _by_feature(x)]).double().cpu().numpy()
     values, total = np.clip(np.arange(256.0), least, most), count.sum(1)

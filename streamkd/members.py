@@ -33,7 +33,6 @@ class Members:
         fused = cohort.fused
         self.say = Compiled(partial(say, fused.layers, inputs.scaled)) if fused else None
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, seen: Tensor) -> Tensor:
         """Answer `x` `[n, ...]`: log-probabilities `[2 * peers, n, classes]`, on the CPU.
 

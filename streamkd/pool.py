@@ -55,10 +55,10 @@ class LabelRates:
     def log_p(self, seen: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Answer every record alike: log-probabilities `[memories, classes]` among the first ones, where `seen`."""
         rates = np.maximum(self._rates[:, : len(seen)], LEAST)
-        if seen.any():  # before one is, all may come
-            rates *= seen
-        with np.errstate(divide="ignore"):
-            log_p: NDArray[np.float64] = np.maximum(np.log(rates / rates.sum(1)[:, None]), UNSEEN)
+        log_p: NDArray[np.float64] = np.full_like(rates, UNSEEN)
+        met = seen.any()  # before one is, all may come
+        shares = rates * seen if met else rates
+        np.log(shares / shares.sum(1)[:, None], out=log_p, where=seen if met else True)
         return log_p
 
     def update(self, y: Tensor) -> None:
@@ -129,9 +129,8 @@ class Pool:
         logits = (self._coefficients @ opinions.reshape(len(opinions), -1)).reshape(said.shape[1:])
         if not met.all():  # a class that was never seen stays impossible, whatever is left of it above
             logits[:, ~met] = UNSEEN
-        everything = torch.from_numpy(said)
-        everything[-1] = torch.from_numpy(logits).log_softmax(-1)
-        return everything, self.verdict.answer(everything[-2:])
+        said[-1] = torch.from_numpy(logits).log_softmax(-1).numpy()
+        return torch.from_numpy(said), self.verdict.answer(torch.from_numpy(said[-2:]))
 
     def update(self, log_p: Tensor, y: Tensor) -> None:
         """Learn from what `serve` returned of records that turned out to be of the classes `y` `[n]`."""
