@@ -6,6 +6,7 @@ the tensors are all that is asked about.
 """
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ SIZES = 64
 """Shapes that are compiled for at the most: each takes seconds, and memory."""
 
 
+_KIND = attrgetter("shape", "dtype")
 Function = Callable[..., Sequence[Tensor]]
 
 
@@ -25,7 +27,7 @@ def compiled(function: Function, tensors: Sequence[Tensor]) -> Function:
     from torch.fx.experimental.proxy_tensor import make_fx  # noqa: PLC0415 - it takes a while to import
 
     with torch.inference_mode(mode=False), torch.enable_grad():  # in which a function may ask for gradients of its own
-        examples = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=one.device) for one in tensors]
+        examples = [torch.empty(one.shape, dtype=one.dtype, device=one.device) for one in tensors]
         graph = make_fx(function, tracing_mode="fake")(*examples)
     made: Function = torch._inductor.standalone_compile(  # noqa: SLF001 - known by this name
         graph,
@@ -42,7 +44,7 @@ class Compiled:
 
     Args:
         function: from tensors to a sequence of tensors. Nothing else that it reads may change, and no branch that it
-            takes may hang on what is in the tensors.
+            takes may hang on what is in the tensors. Those that it writes to are contiguous.
         compiler: makes a function for tensors like those given.
 
     Attributes:
@@ -55,7 +57,7 @@ class Compiled:
         self.function = function
         self.trouble = ""
         self._compiler = compiler
-        self._made: dict[tuple[Any, ...], Function | None] = {}
+        self._made: dict[tuple[Any, ...], Callable[..., Sequence[Tensor] | None]] = {}
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor] | None:
         """Return what the function returns; None where it cannot be compiled.
@@ -63,20 +65,25 @@ class Compiled:
         Raises:
             torch.OutOfMemoryError: the device has no room.
         """
-        like = tuple([(tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors])
+        given = [tensor.contiguous() for tensor in tensors]
+        like = tuple(map(_KIND, given))
         try:
-            if like not in self._made:
-                self._made[like] = self._make(tensors)
-            made = self._made[like]
-            return None if made is None else made(*tensors)
+            made = self._made.get(like)
+            if made is None:
+                made = self._made[like] = self._make(given)
+            return made(*given)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a compiler that is not there, or is another, comes to
             self.trouble = reason(error)
-            self._made[like] = None
+            self._made[like] = _nothing
             return None
 
     def _make(self, tensors: Sequence[Tensor]) -> Function:
         if len(self._made) >= SIZES:
             raise RuntimeError(f"there were tensors of more than {SIZES} shapes")
         return self._compiler(self.function, tensors)
+
+
+def _nothing(*_: Tensor) -> None:
+    """Stand in for what could not be compiled."""

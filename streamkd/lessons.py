@@ -28,7 +28,7 @@ class Lessons:
         augment: changes raw inputs a little, anew for every update; None: nothing does.
         rule: how peers teach one another.
         device: of the models.
-        compiled: whether this is, for batches of whole rows, see `fused.ROWS`.
+        compiled: whether this is, for memories and batches of whole rows, see `fused.ROWS`.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Lessons:
         """Make inputs ready, and deal all out, see below."""
         if self._augment is None and (not len(past) or past.dtype == raw.dtype):
             given = past, raw, *others, *self._inputs.scale(raw)
-            quick = self._quick.get(updates) if len(raw) % ROWS == 0 else None
+            quick = self._quick.get(updates) if len(past) and len(raw) % ROWS == 0 else None
             return (quick and quick(*given)) or self._ready(*given, updates=updates)
         change = self._augment or (lambda x: x)
         past = change(past) if len(past) else past

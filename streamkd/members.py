@@ -51,6 +51,8 @@ class Members:
         fused, n, classes = self._cohort.fused, len(x), len(seen)
         if fused is None or self.say is None or n > min(MOST, self._cohort.fitting.at_once):
             return None
+        if not self._cohort.guidance.updates:  # there will soon be a scale, and fewer classes
+            return None
         if short := -n % ROWS:
             x = torch.cat([x, x.new_zeros(short, *x.shape[1:])])
         told = self.say(fused.weights, fused.widened(seen), x, *self._inputs.scale(x))
