@@ -24,7 +24,7 @@ from streamkd.labels import Answers, Pending
 from streamkd.lesson import Learned, means
 from streamkd.lessons import Lessons
 from streamkd.logits import UNSEEN
-from streamkd.members import Members
+from streamkd.panel import Panel
 from streamkd.peer import Peer
 from streamkd.pool import Pool
 from streamkd.replay import Memories, Recall, ReplayBuffer
@@ -102,7 +102,7 @@ class Engine:
         self.pending = Pending() if pending is None else pending
         self.inputs = inputs or Standardiser()
         self.augment = augment
-        self.members = Members(self.cohort, self.inputs)
+        self.panel = Panel(self.cohort, self.inputs, self.served, self.pool)
         compiled = self.cohort.fused is not None
         self._lessons = Lessons(self.inputs, augment, self.cohort.distillation, self.device, compiled=compiled)
         self.transfer = TransferEfficiency(len(peers))
@@ -119,7 +119,7 @@ class Engine:
     @property
     def uncompiled(self) -> str:
         """Why what was to be compiled is not; empty where it is, or was not to be."""
-        return self.cohort.uncompiled or (self.members.say.trouble if self.members.say else "")
+        return self.cohort.uncompiled or (self.panel.say.trouble if self.panel.say else "")
 
     def run(self, feed: Iterable[Batch]) -> Iterator[Report]:
         """Step through every batch of `feed`."""
@@ -187,14 +187,11 @@ class Engine:
 
         The sources are the members, and whatever the pool adds to them.
         """
-        seen, width = self.seen[: self._width], self._width
         with self._untracked():
-            told = self.members(x, self._seen).numpy()
-        log_p = torch.from_numpy(told)  # anew, for what is made in there is of no use to autograd
-        served = self.served.answer(log_p)
-        if self.pool is not None:
-            log_p, served = self.pool.serve(log_p, served, seen)
-        if rest := self.classes - width:
+            told = self.panel(x, self.seen[: self._width])
+        # Anew, for what is made in there is of no use to autograd.
+        log_p, served = (torch.from_numpy(said.numpy()) for said in told)
+        if rest := self.classes - self._width:
             return functional.pad(log_p, (0, rest), value=UNSEEN), functional.pad(served, (0, rest))
         return log_p, served
 
