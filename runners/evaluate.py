@@ -33,7 +33,7 @@ class Evaluation:
         seconds: the pass took, decoding included.
         refused: records that could not be used, by reason.
         labels: the classes, as they are written, in order of appearance.
-        uncompiled: why updates that were to be compiled were not; empty where they were, or were not to be.
+        uncompiled: why what was to be compiled was not; empty where it was, or was not to be.
     """
 
     seed: int

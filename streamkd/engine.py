@@ -119,7 +119,7 @@ class Engine:
     @property
     def uncompiled(self) -> str:
         """Why what was to be compiled is not; empty where it is, or was not to be."""
-        return self.cohort.uncompiled or (self.panel.say.trouble if self.panel.say else "")
+        return self.cohort.uncompiled or self.panel.uncompiled or self._lessons.uncompiled
 
     def run(self, feed: Iterable[Batch]) -> Iterator[Report]:
         """Step through every batch of `feed`."""

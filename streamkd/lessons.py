@@ -76,6 +76,11 @@ class Lessons:
             lessons = [replace(lesson, views=tuple(own)) for lesson, *own in zip(lessons, *views, strict=True)]
         return lessons if untold is None else self._with(lessons, untold, seen)
 
+    @property
+    def uncompiled(self) -> str:
+        """Why this was not compiled, though it was to be; empty where it was, or was not to be."""
+        return next((one.trouble for one in self._quick.values() if one.trouble), "")
+
     def _dealt_out(self, updates: int, past: Tensor, raw: Tensor, *others: Tensor) -> Sequence[Tensor]:
         """Make inputs ready, and deal all out, see below."""
         if self._augment is None and (not len(past) or past.dtype == raw.dtype):

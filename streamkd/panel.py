@@ -59,6 +59,11 @@ class Panel:
         served = self._served.answer(log_p)
         return (log_p, served) if self._pool is None else self._pool.serve(log_p, served, seen)
 
+    @property
+    def uncompiled(self) -> str:
+        """Why answers that were to be compiled are not; empty where they are, or were not to be."""
+        return self.say.trouble if self.say else ""
+
     def _said(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor] | None:
         """Answer by the compiled function; None where it is not for that, or anything is not finite."""
         cohort, n, classes = self.cohort, len(x), len(seen)
