@@ -31,7 +31,7 @@ UNFIT = (
     "another by the loss kd at one temperature for all records, among all classes, without views, features or "
     "capacities measured meanwhile"
 )
-"""What stands in the way of compiling an update."""
+"""What stands in the way of compiling an update, and all that goes with it."""
 FUTILE = 8
 """Restarts of every peer, without one step between them, after which learning is given up."""
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from streamkd.errors import reason
 
 SIZES = 64
-"""Shapes that are compiled for at the most: each takes seconds, and memory."""
-
+"""Shapes that one function is compiled for at the most: each takes seconds, and memory."""
 
 _KIND = attrgetter("shape", "dtype")
 Function = Callable[..., Sequence[Tensor]]
@@ -44,7 +43,7 @@ class Compiled:
 
     Args:
         function: from tensors to a sequence of tensors. Nothing else that it reads may change, and no branch that it
-            takes may hang on what is in the tensors. Those that it writes to are contiguous.
+            takes may hang on what is in the tensors, which are on one device. Those that it writes to are contiguous.
         compiler: makes a function for tensors like those given.
 
     Attributes:
@@ -60,7 +59,7 @@ class Compiled:
         self._made: dict[tuple[Any, ...], Callable[..., Sequence[Tensor] | None]] = {}
 
     def __call__(self, *tensors: Tensor) -> Sequence[Tensor] | None:
-        """Return what the function returns; None where it cannot be compiled.
+        """Return what the function returns; None where it cannot be compiled, or was for `SIZES` other shapes.
 
         Raises:
             torch.OutOfMemoryError: the device has no room.

@@ -65,7 +65,7 @@ class Engine:
         inputs: scaling of the raw inputs, or `Raw()` for none.
         augment: changes raw inputs a little before they are learned, anew for every update; none by default.
         device: where models and batches are computed.
-        compiled: whether answers and updates are, those that can be; `uncompiled` tells what stands in the way.
+        compiled: whether what `step` does is, where it can be; `uncompiled` tells what stands in the way.
         clock: reads seconds, for `Report.seconds`; streamkd itself never looks at a clock.
     """
 
@@ -103,8 +103,8 @@ class Engine:
         self.inputs = inputs or Standardiser()
         self.augment = augment
         self.panel = Panel(self.cohort, self.inputs, self.served, self.pool)
-        compiled = self.cohort.fused is not None
-        self._lessons = Lessons(self.inputs, augment, self.cohort.distillation, self.device, compiled=compiled)
+        fused = self.cohort.fused is not None
+        self._lessons = Lessons(self.inputs, augment, self.cohort.distillation, self.device, compiled=fused)
         self.transfer = TransferEfficiency(len(peers))
         self.clock = clock
         self.seen = torch.zeros(classes, dtype=torch.bool)
@@ -182,13 +182,13 @@ class Engine:
         """Return the served probabilities `[n, classes]` for raw inputs `x`; changes nothing."""
         return self._answer(x.to(self.device))[1]
 
-    def _answer(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _answer(self, x: Tensor, *, again: bool = False) -> tuple[Tensor, Tensor]:
         """What all say of raw inputs, as log-probabilities `[sources, n, classes]`, and what is served.
 
         The sources are the members, and whatever the pool adds to them.
         """
         with self._untracked():
-            told = self.panel(x, self.seen[: self._width])
+            told = self.panel(x, self.seen[: self._width], again=again)
         # Anew, for what is made in there is of no use to autograd.
         log_p, served = (torch.from_numpy(said.numpy()) for said in told)
         if rest := self.classes - self._width:
@@ -208,7 +208,7 @@ class Engine:
     def _predict(self, batch: Batch) -> Answers:
         x, y = batch.x.detach().cpu(), batch.y.to("cpu", torch.int64, copy=True)  # reports keep the labels
         self._check(y, batch.late.values())
-        said = Answers(x, y, *self._answer(x.to(self.device, non_blocking=True)))
+        said = Answers(x, y, *self._answer(x.to(self.device, non_blocking=True), again=True))
         self.inputs.update(x)
         self.steps += 1
         self.records += len(batch)

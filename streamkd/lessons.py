@@ -28,7 +28,7 @@ class Lessons:
         augment: changes raw inputs a little, anew for every update; None: nothing does.
         rule: how peers teach one another.
         device: of the models.
-        compiled: whether this is, for memories and batches of whole rows, see `fused.ROWS`.
+        compiled: whether this is, for batches of whole rows, see `fused.ROWS`.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class Lessons:
         past, raw = memories.x.to(self._device), answers.x.to(self._device, non_blocking=True)
         y = answers.y.to(self._device)
         others = memories.y.to(self._device), y, memories.weights.to(self._device)
-        dealt_out = self._dealt_out(updates, past, raw, *others)
-        lessons = list(map(Lesson, dealt_out[::3], dealt_out[1::3], dealt_out[2::3]))
+        made = self._made_ready(updates, past, raw, *others)
+        lessons = list(map(Lesson, made[::3], made[1::3], made[2::3]))
         among = self._rule.stream_classes(y, len(seen))
         if among is not None:  # memories are told apart among all classes
             among = dealt(among.new_ones(len(past), len(seen)), among.expand(updates, *among.shape))
@@ -81,18 +81,19 @@ class Lessons:
         """Why this was not compiled, though it was to be; empty where it was, or was not to be."""
         return next((one.trouble for one in self._quick.values() if one.trouble), "")
 
-    def _dealt_out(self, updates: int, past: Tensor, raw: Tensor, *others: Tensor) -> Sequence[Tensor]:
+    def _made_ready(self, updates: int, past: Tensor, raw: Tensor, *others: Tensor) -> Sequence[Tensor]:
         """Make inputs ready, and deal all out, see below."""
         if self._augment is None and (not len(past) or past.dtype == raw.dtype):
             given = past, raw, *others, *self._inputs.scale(raw)
-            quick = self._quick.get(updates) if len(past) and len(raw) % ROWS == 0 else None
-            return (quick and quick(*given)) or self._ready(*given, updates=updates)
-        change = self._augment or (lambda x: x)
-        past = change(past) if len(past) else past
-        own = torch.stack([change(raw) for _ in range(updates)])
+            quick = self._quick.get(updates) if len(past) and len(raw) and len(raw) % ROWS == 0 else None
+            made = quick(*given) if quick else None
+            return self._ready(*given, updates=updates) if made is None else made
         # Apart, for they may be of two types: bytes go from 0 to 255, and other numbers as they like.
-        past_x = self._inputs(past) if len(past) else past
-        return _dealt_out(past_x, self._inputs(own.flatten(0, 1)).view_as(own), *others)
+        change, views = self._augment or (lambda x: x), updates if self._augment else 1
+        past_x = self._inputs(change(past)) if len(past) else past
+        own = torch.stack([change(raw) for _ in range(views)])
+        x = self._inputs(own.flatten(0, 1)).view_as(own).expand(updates, *own.shape[1:])
+        return _dealt_out(past_x, x, *others)
 
     def _views(self, raw: Tensor) -> list[Tensor]:
         """Make ever harder views of raw inputs, ready for the models."""

@@ -38,7 +38,7 @@ class Panel:
         fused, pooled = cohort.fused, pool.pooled if pool else None
         self.say = Compiled(partial(say, fused.layers, inputs.scaled, pooled)) if fused else None
 
-    def __call__(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, seen: Tensor, *, again: bool = False) -> tuple[Tensor, Tensor]:
         """Answer `x` `[n, ...]`: log-probabilities `[sources, n, classes]` and what is served, on the CPU.
 
         The sources are the peers, their averages, and whatever the pool adds to them; what is served are probabilities
@@ -47,11 +47,14 @@ class Panel:
         Args:
             x: raw, on the device of the models.
             seen: bool, on the CPU, which of the first classes were met so far; all others are ruled out.
+            again: records of that shape will come again and again, so that it may be worth to compile for them.
         """
-        if len(x):
-            told = self.cohort.fitting(lambda: self._said(x, seen), len(x))
+        fitting, soon = self.cohort.fitting, not self.cohort.guidance.updates  # a scale to come, and fewer classes
+        if again and self.say and not soon and 0 < len(x) <= min(MOST, fitting.at_once):
+            told = fitting(lambda: self._said(x, seen) if len(x) <= fitting.at_once else None, len(x))
             if told is not None:
                 return told
+        if len(x):
             logits = self.cohort.predict(self._inputs(x), len(seen)).cpu()  # read once: all that follows is the CPU's
         else:
             logits = torch.zeros(2 * len(self.cohort), 0, len(seen))
@@ -65,30 +68,28 @@ class Panel:
         return self.say.trouble if self.say else ""
 
     def _said(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Answer by the compiled function; None where it is not for that, or anything is not finite."""
-        cohort, n, classes = self.cohort, len(x), len(seen)
-        if self.say is None or cohort.fused is None or n > min(MOST, cohort.fitting.at_once):
-            return None
-        if not cohort.guidance.updates:  # there will soon be a scale, and fewer classes
+        """Answer by the compiled function; None where it cannot be compiled, or anything is not finite."""
+        fused, say, n = self.cohort.fused, self.say, len(x)
+        if fused is None or say is None:
             return None
         if short := -n % ROWS:
             x = torch.cat([x, x.new_zeros(short, *x.shape[1:])])
         learned = (self._served.weights, *(self._pool.learned if self._pool else ()))
-        given = [one.to(x.device) for one in (cohort.fused.widened(seen), *learned)]
-        told = self.say(cohort.fused.weights, x, *given, *self._inputs.scale(x))
+        given = [one.to(x.device) for one in (fused.widened(seen), *learned)]
+        told = say(fused.weights, x, *given, *self._inputs.scale(x))
         if told is None:
             return None
-        log_p, served = told[0][:, :n, :classes].cpu(), told[1][:n, :classes].cpu()
-        return (log_p, served) if math.isfinite(served.numpy().sum()) else None
+        everything = told[0].cpu()[:, :n, : len(seen)]  # read once
+        return (everything[:-1], everything[-1]) if math.isfinite(everything[-1].numpy().sum()) else None
 
 
 def say(
     layers: Sequence[nn.Module],
     scaled: Callable[..., Tensor],
-    pooled: Callable[..., list[Tensor]] | None,
+    pooled: Callable[..., tuple[Tensor, Tensor]] | None,
     *operands: Tensor,
 ) -> list[Tensor]:
-    """Scale raw inputs, answer them, and weigh what was said: all log-probabilities, and what is served.
+    """Scale raw inputs, answer them, and weigh what was said.
 
     Args:
         layers: of a peer.
@@ -97,10 +98,15 @@ def say(
         operands: all weights, the averages' last `[members, all]`; inputs `[n, ...]`; which of the first classes were
             met so far `[classes]`; the members' weights in the mixture `[members]`; what the pool learned; and what
             `scaled` asks for.
+
+    Returns:
+        One tensor `[sources + 1, n, classes]`: all log-probabilities, and last the probabilities that are served.
     """
     (weights, x, seen, shares), rest = operands[:4], operands[4:]
-    learned, scale = (rest[:3], rest[3:]) if pooled else ((), rest)
+    count = 3 if pooled else 0
+    learned, scale = rest[:count], rest[count:]
     logits = answer(layers, scaled(x, *scale), len(seen), weights).transpose(1, 2)
     log_p = logits.masked_fill(~seen, UNSEEN).log_softmax(-1)
     mixture = (shares.to(log_p)[:, None, None] * log_p.exp()).sum(0)
-    return pooled(log_p, mixture, seen, *learned) if pooled else [log_p, mixture]
+    log_p, served = pooled(log_p, mixture, seen, *learned) if pooled else (log_p, mixture)
+    return [torch.cat([log_p, served[None]])]

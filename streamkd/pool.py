@@ -137,7 +137,7 @@ class Pool:
         """All that `serve` goes by: coefficients, class rates, and the weights of mixture and pool."""
         return self.coefficients, self.rates.rates, self.verdict.weights
 
-    def pooled(self, log_p: Tensor, mixture: Tensor, seen: Tensor, *learned: Tensor) -> list[Tensor]:
+    def pooled(self, log_p: Tensor, mixture: Tensor, seen: Tensor, *learned: Tensor) -> tuple[Tensor, Tensor]:
         """Do what `serve` does, for a compiler: by what is given alone, of numbers that are finite, some class met."""
         coefficients, rates, weights = learned
         shares = rates[:, : len(seen)].clamp(min=LEAST) * seen
@@ -147,7 +147,7 @@ class Pool:
         heard[self._mute] = 0.0
         logits = (coefficients[:, None, None] * heard).sum(0).masked_fill(~seen, UNSEEN)
         both = torch.stack([mixture.clamp(min=_TINY).log(), logits.log_softmax(-1)])
-        return [torch.cat([said, both]), (weights.to(both)[:, None, None] * both.exp()).sum(0)]
+        return torch.cat([said, both]), (weights.to(both)[:, None, None] * both.exp()).sum(0)
 
     def update(self, log_p: Tensor, y: Tensor) -> None:
         """Learn from what `serve` returned of records that turned out to be of the classes `y` `[n]`."""

@@ -234,7 +234,7 @@ class EngineSettings(Settings):
     precision: Annotated[
         Literal["float32", "bfloat16"], Field(description="in which models answer; each is then asked by itself")
     ] = "float32"
-    compile: Annotated[bool, Field(description="make one function of updates, where a C++ compiler is found")] = False
+    compile: Annotated[bool, Field(description="compile what a step does, where a C++ compiler is found")] = False
     max_classes: Annotated[int, Field(ge=2, le=10_000, description="width of the models' output")] = 100
     peers: Annotated[tuple[PeerSettings, ...], Field(min_length=1)]
     distillation: DistillationSettings = DistillationSettings()

@@ -9,7 +9,7 @@ import pytest
 from runners.bench.kill import RECORDS, TABLE, alone, arguments, ended, in_a_child, kill_loop, write_table
 from streamkd import checkpoint
 
-KILLS = 30
+KILLS = 20
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamkd import UNLABELLED, Distillation, stream_classes
+from streamkd.compiling import Function
+from streamkd.fused import AT_ONCE, ROWS
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Answers
 from streamkd.lessons import Lessons
@@ -40,12 +43,12 @@ def doubled(x: Tensor) -> Tensor:
 
 @settings(deadline=None)
 @given(
-    n=st.integers(1, 5),
+    n=st.sampled_from([1, 2, 5, ROWS]),
     each=st.integers(0, 4),
     updates=st.integers(1, 4),
     open_=st.integers(0, 3),
     views=st.integers(0, 2),
-    also=st.sets(st.sampled_from(["augmented", "present"])),
+    also=st.sets(st.sampled_from(["augmented", "present", "compiled"])),
 )
 def test_each_lesson_is_its_share_of_the_memories_then_the_batch_then_what_was_answered(
     *, n: int, each: int, updates: int, open_: int, views: int, also: set[str]
@@ -55,9 +58,18 @@ def test_each_lesson_is_its_share_of_the_memories_then_the_batch_then_what_was_a
     rule = Distillation(stream_classes=among, views=[lambda x: x + 1] * views, unlabelled=0.5, interpolate=0.0)
     inputs, batch, past = scale(), answers(n), memories(each * updates)
     untold = answers(open_, labelled=False) if open_ else None
-    make = Lessons(inputs, doubled if augmented else None, rule, torch.device("cpu"))
+    make = Lessons(inputs, doubled if augmented else None, rule, torch.device("cpu"), compiled="compiled" in also)
+    asked: list[int] = []
+
+    def noted(function: Function, operands: Sequence[Tensor]) -> Function:
+        asked.append(len(operands))
+        return function
+
+    for one in make._quick.values():  # noqa: SLF001 - what would compile it
+        one._compiler = noted  # noqa: SLF001 - likewise
     lessons = make(batch, past, untold, updates=updates, seen=SEEN)
     assert len(lessons) == updates
+    assert bool(asked) is ("compiled" in also and each > 0 and n == ROWS and updates <= AT_ONCE and not augmented)
     for number, lesson in enumerate(lessons):
         own = slice(number * each, (number + 1) * each)
         raw = torch.cat([past.x[own], batch.x]) if each else batch.x

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_fused import RULE, as_it_is
+from test_fused import RULE, WIDE, as_it_is
 from test_stack import BUILDS, FEATURES, Build, peers
 from torch import Tensor
 
@@ -52,7 +52,9 @@ def panels(
 @pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 def test_answers_by_one_function_are_those_of_its_operations(build: Build, n: int) -> None:
     for seen in ([True, True, True], [True, False, True], [False, True]):
-        for one, other in zip(*(panel(records(n), torch.tensor(seen)) for panel in panels(build)), strict=True):
+        for one, other in zip(
+            *(panel(records(n), torch.tensor(seen), again=True) for panel in panels(build)), strict=True
+        ):
             assert one.shape == other.shape
             assert torch.allclose(one, other, atol=1e-4)
 
@@ -61,7 +63,7 @@ def test_answers_by_one_function_are_those_of_its_operations(build: Build, n: in
 def test_it_answers_alike_without_a_pool_without_averages_and_without_a_scale(options: dict[str, Any]) -> None:
     plain, quick = panels(BUILDS["normed"], **options)
     seen = torch.tensor([True, True, True])
-    for one, other in zip(plain(records(16), seen), quick(records(16), seen), strict=True):
+    for one, other in zip(plain(records(16), seen), quick(records(16), seen, again=True), strict=True):
         assert torch.allclose(one, other, atol=1e-4)
 
 
@@ -69,7 +71,7 @@ def test_a_member_that_broke_down_weighs_nothing() -> None:
     for panel in panels(BUILDS["normed"]):
         with torch.no_grad():
             next(iter(panel.cohort.peers[1].module.parameters()))[0, 0] = torch.nan  # type: ignore[union-attr]
-        log_p, served = panel(records(16), torch.tensor([True, True, True]))
+        log_p, served = panel(records(16), torch.tensor([True, True, True]), again=True)
         assert log_p[1].isnan().any()
         assert torch.allclose(served.sum(-1), torch.ones(16))
 
@@ -78,20 +80,48 @@ def test_the_function_is_for_batches_alone_that_come_again_and_again() -> None:
     asked: list[Sequence[int]] = []
 
     def noted(function: Function, operands: Sequence[Tensor]) -> Function:
-        asked.append(operands[1].shape)
+        asked.append((*operands[1].shape, len(operands[2])))
         return function
 
     _, panel = panels(BUILDS["normed"], compiler=noted)
-    assert panel.cohort.uncompiled == ""
-    asked.clear()
     seen = torch.tensor([True, True, True])
     for n in (16, 7, 16, 0, 20, MOST + 1):
-        panel(records(n), seen)
-    assert asked == [(32, FEATURES)]  # 16 rows were asked for above
-    panel.cohort.guidance.updates = 0
-    panel.cohort.fitting.at_once = 20
+        panel(records(n), seen, again=True)
+    assert asked == [(16, FEATURES, CLASSES), (32, FEATURES, CLASSES)]
     panel(records(33), seen)
-    assert asked == [(32, FEATURES)]
+    panel.cohort.fitting.at_once = 20
+    panel(records(34), seen, again=True)
+    panel.cohort.fitting.at_once = MOST
+    panel.cohort.guidance.updates = 0
+    panel(records(35), seen, again=True)
+    assert len(asked) == 2
+
+
+def test_a_class_more_is_seldom_compiled_for() -> None:
+    asked: list[int] = []
+
+    def noted(function: Function, operands: Sequence[Tensor]) -> Function:
+        asked.append(len(operands[2]))
+        return function
+
+    cohort = Cohort(peers(WIDE["normed"]), Distillation(**RULE), compiled=True)
+    cohort.guidance.updates = 1
+    panel = Panel(cohort, Raw(), Served(2 * len(cohort)), None)
+    assert panel.say is not None
+    panel.say = Compiled(panel.say.function, noted)
+    for met in (1, 3, 8, 9, 16, 20):
+        log_p, served = panel(records(16), torch.ones(met, dtype=torch.bool), again=True)
+        assert (log_p.shape[-1], served.shape[-1]) == (met, met)
+    assert asked == [8, 16, 20]
+
+
+def test_answers_of_what_was_taken_at_once_are_counted_once() -> None:
+    """Else a device whose memory ran out would be tried again too soon."""
+    for panel in panels(BUILDS["normed"]):
+        panel.cohort.fitting.at_once, before = 64, panel.cohort.fitting._fitted  # noqa: SLF001 - what is counted
+        for again in (False, True):
+            panel(records(16), torch.tensor([True, True, True]), again=again)
+        assert panel.cohort.fitting._fitted - before == 2  # noqa: SLF001 - likewise
 
 
 def test_what_cannot_be_compiled_is_answered_as_ever() -> None:
@@ -101,8 +131,8 @@ def test_what_cannot_be_compiled_is_answered_as_ever() -> None:
     plain, panel = panels(BUILDS["normed"], compiler=broken)
     seen = torch.tensor([True, True, True])
     assert panel.say is not None
-    assert all(map(torch.equal, plain(records(16), seen), panel(records(16), seen)))
-    assert "no compiler" in panel.say.trouble
+    assert all(map(torch.equal, plain(records(16), seen), panel(records(16), seen, again=True)))
+    assert "no compiler" in panel.uncompiled
 
 
 def test_a_panel_whose_cohort_is_not_compiled_has_no_function() -> None:
