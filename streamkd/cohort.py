@@ -48,6 +48,10 @@ class Cohort:
         distillation: how they teach one another.
         capacity: what their capacities are measured by, started; by default they are numbers of parameters.
         compiled: whether updates are compiled, those that can be.
+
+    Attributes:
+        by_hand: whether nothing of an update is left to torch's autograd.
+        fused: what compiles updates; None where they are not, or cannot be.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Cohort:
         self.fitting = Fitting(self._discard)
         self._wanted = compiled
         self._gradients = Gradients(self.guidance, self.peers, self._averages, self._features)
+        self.by_hand = self._gradients.plain and all(group.by_hand for group in self.groups)
         self.fused = self._fused() if compiled else None
 
     def __len__(self) -> int:
@@ -148,11 +153,6 @@ class Cohort:
         if not self._wanted:
             return ""
         return self.fused.take.trouble if self.fused else UNFIT
-
-    @property
-    def by_hand(self) -> bool:
-        """Whether nothing of an update is left to torch's autograd."""
-        return self._gradients.plain and all(group.by_hand for group in self.groups)
 
     def _fused(self) -> Fused | None:
         """Return what compiles updates; None where they cannot be."""

@@ -226,7 +226,8 @@ class Engine:
         peers, y = len(self.cohort), answers.y
         spoken, n = answers.log_p[:peers], len(answers)
         log_p = of_truth(answers.log_p[: 2 * peers], y)
-        scored = score(self.cohort.names, y, spoken, answers.served, log_p[:peers])
+        own = log_p[:peers]
+        scored = score(self.cohort.names, y, spoken, answers.served, own)
         if not n:
             return scored
         right = scored.answers.numpy() == y.numpy()
@@ -237,8 +238,8 @@ class Engine:
             self._look()
         if self.pool is not None:
             self.pool.update(answers.log_p[..., : self._width], y)
-        self.roles.update(log_p[:peers], torch.from_numpy(right[:-1]), spoken)
-        self.guidance.observe((log_p.numpy()[:peers].sum(1) / -n).tolist(), accuracies)
+        self.roles.update(own, torch.from_numpy(right[:-1]), spoken)
+        self.guidance.observe((own.numpy().sum(1) / -n).tolist(), accuracies)
         self.transfer.update(scored.answers[:-1], self.roles.teacher)
         self.scored += n
         share = min(1.0, n / min(self.scored, 1_000))
@@ -288,9 +289,9 @@ class Engine:
         rule = self.cohort.distillation
         if batch.ids or not rule.unlabelled or self.guidance.updates < rule.burn_in:
             return None
-        unknown = ~labelled(said.y)
-        if not unknown.numpy().any():
+        if UNLABELLED not in said.y.tolist():
             return None
+        unknown = ~labelled(said.y)
         return said.rows(unknown & (said.served.max(-1).values >= rule.confidence)) or None
 
     def _recall(self, answers: Answers) -> Memories:

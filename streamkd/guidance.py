@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -86,7 +87,7 @@ class Guidance:
         self._said = Said({}, {})
         self.slopes = [0.0] * size
         self._prepared: Pairs | None = None
-        self._ends: tuple[tuple[tuple[int, int], ...], Tensor, Tensor, Tensor, Tensor] | None = None
+        self._ends: tuple[Any, ...] | None = None  # what hangs on who teaches whom alone
 
     def __len__(self) -> int:
         return len(self.capacities)
@@ -152,26 +153,29 @@ class Guidance:
         return self._prepared
 
     def _prepare(self, device: torch.device) -> Pairs:
-        def column(values: Sequence[float]) -> Tensor:
-            return torch.from_numpy(np.array(values, np.float32)[:, None]).to(device)
+        def column(values: NDArray[np.float64]) -> Tensor:
+            return torch.from_numpy(values.astype(np.float32)[..., None]).to(device)
 
         pairs = tuple(self.alphas)
+        students = [student for _, student in pairs]
         if self._ends is None or self._ends[0] != pairs:
             ends = torch.tensor([*zip(*pairs, strict=True)] or [[], []], device=device).long()
-            self._ends = pairs, *ends, ends.flatten(), functional.one_hot(ends[1], len(self)).T.float()
-        _, sources, taught, ends, dealt = self._ends
-        students = [student for _, student in pairs]
-        portions = [1 / students.count(student) for student in students]
-        alphas = [alpha * share for alpha, share in zip(self.alphas.values(), portions, strict=True)]
+            portions = np.array([1 / students.count(student) for student in students])
+            dealt = functional.one_hot(ends[1], len(self)).T.float()
+            self._ends = pairs, portions, *ends, ends.flatten(), dealt, column(portions)
+        _, portions, sources, taught, ends, dealt, shares = self._ends
+        said = np.array([[*self.alphas.values()], [self.softness[student] for student in students]])
+        said[0] *= portions
+        alphas, temperatures = column(said).unbind()
         return Pairs(
-            betas=column(self.betas),
-            teach=any(alphas),
+            betas=column(np.array(self.betas)),
+            teach=bool(said[0].any()),
             sources=sources,
             students=taught,
             ends=ends,
-            alphas=column(alphas),
-            portions=column(portions),
-            temperatures=column([self.softness[student] for student in students]),
+            alphas=alphas,
+            portions=shares,
+            temperatures=temperatures,
             dealt=dealt,
         )
 

@@ -84,8 +84,11 @@ class Pending:
             said: what was answered to the records.
             classes: how many of the first ones may come, as far as was known: of the others nothing is kept.
         """
+        whole = UNLABELLED not in said.y.tolist()
+        if whole and not batch.late:
+            return said
         known = labelled(said.y)
-        complete = said if known.numpy().all() else said.rows(known)
+        complete = said if whole else said.rows(known)
         told = [(name, y) for name, y in batch.late.items() if name in self._waiting]
         width = said.served.shape[1]
         answered = [self._answer(name, y).among(width) for name, y in told if y != UNLABELLED]

@@ -79,8 +79,9 @@ class Panel:
         told = say(fused.weights, x, *given, *self._inputs.scale(x))
         if told is None:
             return None
-        everything = told[0].cpu()[:, :n, : len(seen)]  # read once
-        return (everything[:-1], everything[-1]) if math.isfinite(everything[-1].numpy().sum()) else None
+        everything = told[0].cpu().numpy()[:, :n, : len(seen)]  # read once
+        log_p, served = everything[:-1], everything[-1]
+        return (torch.from_numpy(log_p), torch.from_numpy(served)) if math.isfinite(served.sum()) else None
 
 
 def say(

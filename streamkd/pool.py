@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class LabelRates:
         memories: Sequence[float] = (0.9, 0.98, 0.998),
         answered: Sequence[float] = (0.9, 0.98, 0.998),
     ) -> None:
-        self.memories = np.array([*memories, *answered])
+        self.memories = (*memories, *answered)
         self._rates = np.full((len(self.memories), classes), 1 / classes)
         self._labels, self._answers = slice(len(memories)), slice(len(memories), None)
 
@@ -70,9 +71,9 @@ class LabelRates:
         self._count(y, self._answers)
 
     def _count(self, y: Tensor, rows: slice) -> None:
-        rates, memories = self._rates.copy(), self.memories[rows, None]
-        rates[rows] *= memories ** len(y)
-        np.add.at(rates[rows].T, y.numpy(), ((1 - memories) * memories ** np.arange(len(y) - 1, -1, -1)).T)
+        rates, (past, shares) = self._rates.copy(), _counted(self.memories[rows], len(y))
+        rates[rows] *= past
+        np.add.at(rates[rows].T, y.numpy(), shares)
         self._rates = rates
 
     def state_dict(self) -> dict[str, Any]:
@@ -199,6 +200,14 @@ class Pool:
         self._coefficients = state["coefficients"].numpy()
         self.rates.load_state_dict(state["rates"])
         self.verdict.load_state_dict(state["verdict"])
+
+
+@lru_cache(maxsize=8)
+def _counted(memories: tuple[float, ...], n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """What `n` records leave standing of the past `[memories, 1]`, and what each of them counts `[n, memories]`."""
+    each = np.array(memories)[:, None]
+    shares: NDArray[np.float64] = (1 - each) * each ** np.arange(n - 1, -1, -1)
+    return each**n, shares.T
 
 
 _TINY = 1e-30
