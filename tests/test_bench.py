@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from functools import partial
 from io import StringIO
@@ -14,15 +15,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from test_commands import streamkd, table
+from test_engine import assert_same
 
 from monitoring.prequential import NO_CHANGE
 from runners.bench import ablation, by_hand, rivals
-from runners.bench.learners import OURS, PACE, RIVALS, Rival
+from runners.bench.learners import COMPILED, OURS, PACE, RIVALS, Ours, Rival
 from runners.bench.pairs import Ratio, in_turn, ratio
 from runners.bench.rows import DEFAULT, MECHANISMS, Row, from_the_bottom, one_off, rows
 from runners.bench.streams import Records, Stream
 from runners.evaluate import evaluate
-from streamkd import LabelRates, Pool, Served
+from streamkd import Engine, LabelRates, Pool, Served
 from streamkd.batch import UNLABELLED, Batch
 from streamkd.config import build_engine
 from streamkd.gradients import in_arrays
@@ -109,7 +111,7 @@ def test_the_static_teacher_is_frozen_after_a_fifth_of_the_stream() -> None:
 
 def test_every_rival_sees_the_same_records_and_the_same_baseline() -> None:
     records = TINY.read()
-    here = {name: rival for name, rival in RIVALS.items() if not rival.missing()}
+    here = {name: rival for name, rival in RIVALS.items() if name != COMPILED and not rival.missing()}
     done = rivals.race(records, here, [0, 1])
     assert {OURS, PACE} <= set(done.standings)
     passes = [one for standing in done.standings.values() for one in standing.passes]
@@ -121,6 +123,24 @@ def test_every_rival_sees_the_same_records_and_the_same_baseline() -> None:
     assert [len(standing.passes) for standing in done.standings.values()] == [
         2 if rival.seeded else 1 for rival in here.values()
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="a C++ compiler of another kind")
+def test_the_compiled_default_begins_where_the_default_does_and_answers_alike() -> None:
+    records = TINY.read()
+    plain, compiled = (RIVALS[name].make(records, 0) for name in (OURS, COMPILED))
+    assert isinstance(plain, Ours)
+    assert isinstance(compiled, Ours)
+    assert_same(plain.engine.state_dict(), compiled.engine.state_dict())
+    one, other = (rivals.go(made, records.batches, [*rivals.imputed(records.batches)]) for made in (plain, compiled))
+    assert one.accuracy == pytest.approx(other.accuracy, abs=0.02)
+
+
+def test_what_cannot_be_compiled_breaks_off_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "uncompiled", "no compiler")
+    done = rivals.race(TINY.read(), {COMPILED: RIVALS[COMPILED]}, [0])
+    assert done.failed == {COMPILED: "RuntimeError: not compiled: no compiler"}
 
 
 def test_a_rival_that_breaks_off_is_told_of_and_the_others_race_on() -> None:

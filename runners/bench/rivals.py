@@ -171,10 +171,10 @@ def race(
     for name, rival in rivals.items():
         gc.freeze()  # as a run does: what was imported is gone through in nobody's time
         try:
-            passes = [
-                go(rival.make(records, seed), records.batches, filled, follow(f"{name}, seed {seed}"))
-                for seed in (seeds if rival.seeded else seeds[:1])
-            ]
+            passes = []
+            for seed in seeds if rival.seeded else seeds[:1]:
+                progress = follow(f"{name}, seed {seed}")  # to make one may take a while
+                passes.append(go(rival.make(records, seed), records.batches, filled, progress))
         except Exception as error:
             if name == OURS:
                 raise
