@@ -14,7 +14,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.flop_counter import FlopCounterMode
 
 from streamkd.batch import labelled
 from streamkd.taps import plain, positions
@@ -233,6 +232,8 @@ def three_c(
 
 
 def _count(model: nn.Module, x: Tensor) -> float:
+    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415 - it imports all of Triton
+
     training = model.training
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(x)

@@ -510,6 +510,12 @@ def test_help_comes_without_the_heavy_libraries() -> None:
     assert shown.split() == ["False", "False"]
 
 
+def test_importing_streamkd_brings_no_compiler() -> None:
+    script = "import sys, streamkd; print(*({'triton', 'torch._dynamo', 'torch._inductor'} & {*sys.modules}))"
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert not shown.strip()
+
+
 def test_learning_does_not_import_torchvision() -> None:
     script = (
         "import sys; from runners.settings import load; from streamkd.config import build_engine;"
