@@ -85,7 +85,7 @@ def rivals(
     records: Records = None,
     json: Json = None,
 ) -> None:
-    """Race the shipped default against river's forests, deep-river's networks and MOA's learners.
+    """Race the shipped default, compiled and not, against river's forests, deep-river's networks and MOA's learners.
 
     Same records, same batches, one process, one thread: accuracy and records per second side by side.
 
