@@ -15,7 +15,7 @@ from streamkd.report import Report
 MOST_WAITING = 64
 """Reports that wait at the most."""
 MOST_NUMBERS = 200_000
-"""Probabilities and losses in them, likewise: of large batches fewer wait, for all else grows with these."""
+"""Numbers in their largest parts, likewise: where these are large, fewer reports wait."""
 
 
 class BulkHistogram(Collector):
@@ -114,7 +114,9 @@ class Waiting(Collector):
         """Keep a report until it is added up."""
         with self._lock:
             self._reports.append(report)
-            self._numbers += report.served.numel() + report.scored.losses.numel()
+            self._numbers += report.served.numel()
+            if report.learned:  # as large as the first, most of them
+                self._numbers += len(report.learned) * report.learned[0].parts.numel()
             if len(self._reports) >= MOST_WAITING or self._numbers >= MOST_NUMBERS:
                 self._hand_over()
 

@@ -109,10 +109,10 @@ class DriftWatch:
     def read(self, scored: Scored) -> list[int]:
         """Let the detector read what was scored; return the rows at which it raised an alarm."""
         if self.signal == "error":
-            values = scored.answers.numpy()[-1] != scored.y.numpy()
+            values = (scored.answers.numpy()[-1] != scored.y.numpy()).astype(np.float32)
         else:
             values = np.minimum(scored.losses.numpy()[-1], WORST) / WORST
-        return [row for row, value in enumerate(values.astype(np.float32).tolist()) if self.detector.update(value)]
+        return [row for row, value in enumerate(values.tolist()) if self.detector.update(value)]
 
 
 WORST = 5.0

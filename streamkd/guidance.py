@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,18 @@ class Pairs:
     alphas: Tensor
     portions: Tensor
     temperatures: Tensor
+    dealt: Tensor
+
+
+class Wiring(NamedTuple):
+    """What of `Pairs` hangs on nothing but who teaches whom, `pairs` of (source, student); portions as `shares` too."""
+
+    pairs: tuple[tuple[int, int], ...]
+    shares: NDArray[np.float64]
+    portions: Tensor
+    sources: Tensor
+    students: Tensor
+    ends: Tensor
     dealt: Tensor
 
 
@@ -87,7 +99,7 @@ class Guidance:
         self._said = Said({}, {})
         self.slopes = [0.0] * size
         self._prepared: Pairs | None = None
-        self._ends: tuple[Any, ...] | None = None  # what hangs on who teaches whom alone
+        self._wiring: Wiring | None = None
 
     def __len__(self) -> int:
         return len(self.capacities)
@@ -158,25 +170,26 @@ class Guidance:
 
         pairs = tuple(self.alphas)
         students = [student for _, student in pairs]
-        if self._ends is None or self._ends[0] != pairs:
+        wiring = self._wiring
+        if wiring is None or wiring.pairs != pairs:
+            shares = np.array([1 / students.count(student) for student in students])
             ends = torch.tensor([*zip(*pairs, strict=True)] or [[], []], device=device).long()
-            portions = np.array([1 / students.count(student) for student in students])
             dealt = functional.one_hot(ends[1], len(self)).T.float()
-            self._ends = pairs, portions, *ends, ends.flatten(), dealt, column(portions)
-        _, portions, sources, taught, ends, dealt, shares = self._ends
+            sources, taught = ends
+            wiring = self._wiring = Wiring(pairs, shares, column(shares), sources, taught, ends.flatten(), dealt)
         said = np.array([[*self.alphas.values()], [self.softness[student] for student in students]])
-        said[0] *= portions
+        said[0] *= wiring.shares
         alphas, temperatures = column(said).unbind()
         return Pairs(
             betas=column(np.array(self.betas)),
             teach=bool(said[0].any()),
-            sources=sources,
-            students=taught,
-            ends=ends,
+            sources=wiring.sources,
+            students=wiring.students,
+            ends=wiring.ends,
             alphas=alphas,
-            portions=shares,
+            portions=wiring.portions,
             temperatures=temperatures,
-            dealt=dealt,
+            dealt=wiring.dealt,
         )
 
     def frozen(self, index: int, teacher: int, ahead: int = 0) -> bool:

@@ -70,10 +70,9 @@ class Standardiser:
         dtype = x.dtype if x.is_floating_point() else torch.float32
         like = (x.dim(), dtype, x.device)
         if like not in self._ready:
-            kind, shape = np.float32 if dtype == torch.float32 else np.float64, (1, -1, *[1] * (x.dim() - 2))
-            columns = self._mean.astype(kind).reshape(shape), self._scale.astype(kind).reshape(shape)
             with torch.inference_mode(mode=False):  # whoever asks next may want a gradient
-                self._ready[like] = tuple(torch.from_numpy(column).to(x.device, dtype) for column in columns)
+                columns = torch.from_numpy(np.array([self._mean, self._scale])).to(x.device, dtype)
+                self._ready[like] = columns.view(2, 1, -1, *[1] * (x.dim() - 2)).unbind()
         return self._ready[like]
 
     @property

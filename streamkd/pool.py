@@ -202,7 +202,7 @@ class Pool:
         self.verdict.load_state_dict(state["verdict"])
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _counted(memories: tuple[float, ...], n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """What `n` records leave standing of the past `[memories, 1]`, and what each of them counts `[n, memories]`."""
     each = np.array(memories)[:, None]

@@ -98,10 +98,14 @@ class Compiled(Ours):
         super().__init__(records, seed, "compile=true")
         beginning = self.engine.state_dict()
         for batch in records.batches:
-            if self.engine.uncompiled:
-                raise RuntimeError(f"not compiled: {self.engine.uncompiled}")
+            self._check()
             self.engine.step(batch)
+        self._check()
         self.engine.load_state_dict(beginning)
+
+    def _check(self) -> None:
+        if self.engine.uncompiled:
+            raise RuntimeError(f"not compiled: {self.engine.uncompiled}")
 
 
 class River:
