@@ -7,7 +7,6 @@ the tensors are all that is asked about.
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from threading import Lock
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ SIZES = 64
 """Shapes that one function is compiled for at the most: each takes seconds, and memory."""
 
 _KIND = attrgetter("shape", "dtype")
-_ALONE = Lock()  # torch's compiler is one thread's at a time
 Function = Callable[..., Sequence[Tensor]]
 
 
@@ -86,8 +84,7 @@ class Compiled:
     def _make(self, tensors: Sequence[Tensor]) -> Function:
         if len(self._made) >= SIZES:
             raise RuntimeError(f"there were tensors of more than {SIZES} shapes")
-        with _ALONE:
-            return self._compiler(self.function, tensors)
+        return self._compiler(self.function, tensors)
 
 
 def _nothing(*_: Tensor) -> None:

@@ -1,6 +1,4 @@
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -32,23 +30,6 @@ class Noted:
 
 def twice(x: Tensor) -> list[Tensor]:
     return [2 * x]
-
-
-def test_two_threads_do_not_compile_at_once() -> None:
-    under_way, most = [0], [0]
-
-    def slow(function: Function, _: Sequence[Tensor]) -> Function:
-        under_way[0] += 1
-        most[0] = max(most[0], under_way[0])
-        time.sleep(0.05)
-        under_way[0] -= 1
-        return function
-
-    asked = [Compiled(twice, slow) for _ in range(3)]
-    with ThreadPoolExecutor() as threads:
-        done = [*threads.map(lambda made: made(torch.ones(2)), asked)]
-    assert most == [1]
-    assert all(done)
 
 
 def test_it_is_compiled_once_for_every_shape_and_type_in_whatever_order_the_numbers_lie() -> None:
