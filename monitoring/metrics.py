@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, compress
 
 import numpy as np
 import torch
@@ -201,7 +201,8 @@ class Metrics:
         sizes = [report.size for report in reports]
         self._feed_records.inc(sum(sizes))
         self.steps.inc(len(reports))
-        self.trained.inc(sum(report.trained for report in reports))
+        trained = [report.trained for report in reports]
+        self.trained.inc(sum(trained))
         self.taught.inc(sum(report.taught for report in reports))
         self.batch_records.observe(sizes)
         spent = [time for report in reports for time in report.seconds.values()]
@@ -216,7 +217,7 @@ class Metrics:
         agreed, compared = agreement([update for report in reports for update in report.learned])
         self.agreed.inc(agreed)
         self.compared.inc(compared)
-        self._add_up_updates([report.learned for report in reports if report.trained])
+        self._add_up_updates(list(compress((report.learned for report in reports), trained)))
         self._add_up_counts(reports[-1])
 
     def _add_up_scores(self, scored: Sequence[Scored]) -> None:

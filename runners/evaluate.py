@@ -111,8 +111,10 @@ def evaluate(
                 # Without names, too: what is withheld never comes, and whoever has a name waits for it.
                 report = running.step(replace(batch, y=torch.where(revealed, batch.y, UNLABELLED), ids=()))
                 known = labelled(batch.y)
-                scored = score(list(report.peers), batch.y[known], report.log_p[:, known], report.served[known])
-                report = replace(report, scored=scored)
+                *names, _ = report.scored.names
+                spoken = report.log_p[: len(names), known]
+                scored = score(names, batch.y[known], spoken, report.served[known])
+                report = report._replace(scored=scored)
             tally.update(report)
             trace.update(report, tally)
             if report.step % 16 == 0:

@@ -3,7 +3,6 @@
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -263,7 +262,7 @@ class Cohort:
         if kept:
             learned = backward(lesson.rows(kept))
             losses[kept] = learned.parts[0].nanmean(0)
-        return replace(learned, losses=losses, faulty=tuple(faulty))
+        return learned._replace(losses=losses, faulty=tuple(faulty))
 
     def _discard(self) -> None:
         """Throw away all gradients."""

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import zip_longest
-from math import isfinite, nan
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -21,7 +20,7 @@ from streamkd.drift import DriftWatch, adwin
 from streamkd.fused import AT_ONCE
 from streamkd.inputs import Raw, Standardiser
 from streamkd.labels import Answers, Pending
-from streamkd.lesson import Learned, means
+from streamkd.lesson import Learned
 from streamkd.lessons import Lessons
 from streamkd.logits import UNSEEN
 from streamkd.panel import Panel
@@ -32,19 +31,20 @@ from streamkd.report import (
     DriftReport,
     Fault,
     Later,
-    PeerReport,
     ReplayReport,
     Report,
     Scored,
     SwapReport,
+    by_name,
     of_truth,
+    peer_reports,
     score,
     unsound,
 )
 from streamkd.river_peer import RiverPeer
 from streamkd.roles import Election, Swap
 from streamkd.served import Served
-from streamkd.transfer import TransferEfficiency, efficiencies
+from streamkd.transfer import TransferEfficiency
 
 
 class Engine:
@@ -134,47 +134,30 @@ class Engine:
         """
         self._seconds = {}
         self._lap = self.clock()
-        said = self._predict(batch)
+        said, unlabelled = self._predict(batch)
         self._note("predict")
         answers = self.pending.join(batch, said, self._width)
         scored = self._score(answers)
         self._note("score")
         drifts, swap = self._adapt(scored)
         self._note("adapt")
-        untold = self._untold(batch, said)
+        untold = self._untold(said) if unlabelled and not batch.ids else None
         if self.pool is not None and untold is not None:
             self.pool.assume(untold.log_p)
-        memories: list[Memories] = []
-        priorities: list[Tensor] = []
-        learned: list[Learned] = []
-        faulty: list[int] = []
-        stride = self.recall.stride
-        parts = answers.split(stride)
-        shares = untold.split(-(-len(untold) // len(parts))) if untold else []
-        for first, (part, taught) in enumerate(zip_longest(parts, shares)):
-            drawn = self._recall(part)
-            self._note("recall")
-            if len(part):
-                self.guidance.schedule(self.roles.teacher, self._met)
-            with self._untracked():
-                taken, broken = self._learn(part, drawn, taught)
-            self._note("learn")
-            priorities.append(self._remember(part.without(broken), drawn, taken))
-            self._note("remember")
-            memories.append(drawn)
-            learned += taken
-            faulty += [first * stride + row for row in broken]
+        learned, faulty, priorities, ages = self._rehearse(answers, untold)
+        self._note("remember")  # what was drawn is let go of by now
         return self._report(
             batch,
             said,
+            unlabelled=unlabelled,
             scored=scored,
             drifts=drifts,
             swap=swap,
-            ages=_in_a_row([drawn.ages for drawn in memories]),
-            priorities=_in_a_row(priorities),
+            ages=ages,
+            priorities=priorities,
             learned=learned,
             taught=len(untold) if learned and untold else 0,
-            faults=_faults(batch, answers, faulty),
+            faults=_faults(batch, answers, faulty) if faulty else (),
         )
 
     @torch.no_grad()
@@ -187,10 +170,7 @@ class Engine:
 
         The sources are the members, and whatever the pool adds to them.
         """
-        with self._untracked():
-            told = self.panel(x, self.seen[: self._width], again=again)
-        # Anew, for what is made in there is of no use to autograd.
-        log_p, served = (torch.from_numpy(said.numpy()) for said in told)
+        log_p, served = self.panel(x, self.seen[: self._width], again=again)
         if rest := self.classes - self._width:
             return functional.pad(log_p, (0, rest), value=UNSEEN), functional.pad(served, (0, rest))
         return log_p, served
@@ -205,17 +185,19 @@ class Engine:
         self._met, self._width = len(met), int(met[-1]) + 1 if len(met) else self.classes
         self._seen = self.seen[: self._width].to(self.device)
 
-    def _predict(self, batch: Batch) -> Answers:
+    def _predict(self, batch: Batch) -> tuple[Answers, int]:
+        """Answer a batch; return how many of its records have no label, too."""
         x, y = batch.x.detach().cpu(), batch.y.to("cpu", torch.int64, copy=True)  # reports keep the labels
-        self._check(y, batch.late.values())
+        labels = y.tolist()
+        self._check([*labels, *batch.late.values()])
         said = Answers(x, y, *self._answer(x.to(self.device, non_blocking=True), again=True))
         self.inputs.update(x)
         self.steps += 1
         self.records += len(batch)
-        return said
+        return said, labels.count(UNLABELLED)
 
-    def _check(self, y: Tensor, late: Iterable[int]) -> None:
-        wrong = [k for k in {*y.tolist(), *late} if k != UNLABELLED and not 0 <= k < self.classes]
+    def _check(self, labels: Iterable[int]) -> None:
+        wrong = [k for k in set(labels) if k != UNLABELLED and not 0 <= k < self.classes]
         if wrong:
             raise ValueError(
                 f"label {wrong[0]}: class indices go from 0 to {self.classes - 1}, or UNLABELLED ({UNLABELLED})"
@@ -284,15 +266,40 @@ class Engine:
         grown = min(self.drift.detector.width, self.recall.window + self.replay.since_drift)
         return min(max(grown, self.recall.window), self.replay.capacity)
 
-    def _untold(self, batch: Batch, said: Answers) -> Answers | None:
+    def _untold(self, said: Answers) -> Answers | None:
         """Choose the records that will never have a label, where the served answer is confident; None for none."""
         rule = self.cohort.distillation
-        if batch.ids or not rule.unlabelled or self.guidance.updates < rule.burn_in:
-            return None
-        if UNLABELLED not in said.y.tolist():
+        if not rule.unlabelled or self.guidance.updates < rule.burn_in:
             return None
         unknown = ~labelled(said.y)
         return said.rows(unknown & (said.served.max(-1).values >= rule.confidence)) or None
+
+    def _rehearse(
+        self, answers: Answers, untold: Answers | None
+    ) -> tuple[tuple[Learned, ...], list[int], Tensor, Tensor]:
+        """Learn what labels have come for, part by part and beside memories, and remember it.
+
+        Returns:
+            What each update did, the rows that no update could be made on, and priorities and ages of what was drawn.
+        """
+        learned, faulty, priorities, ages = list[Learned](), list[int](), list[Tensor](), list[Tensor]()
+        stride = self.recall.stride
+        parts = answers.split(stride)
+        shares = untold.split(-(-len(untold) // len(parts))) if untold else []
+        for first, (part, taught) in enumerate(zip_longest(parts, shares)):
+            drawn = self._recall(part)
+            self._note("recall")
+            if len(part):
+                self.guidance.schedule(self.roles.teacher, self._met)
+            with self._untracked():
+                taken, broken = self._learn(part, drawn, taught)
+            self._note("learn")
+            priorities.append(self._remember(part.without(broken), drawn, taken))
+            ages.append(drawn.ages)
+            learned += taken
+            faulty += [first * stride + row for row in broken]
+            self._note("remember")
+        return tuple(learned), faulty, _in_a_row(priorities), _in_a_row(ages)
 
     def _recall(self, answers: Answers) -> Memories:
         """Draw the memories for all the updates of this batch; where no label came, there is none.
@@ -361,39 +368,53 @@ class Engine:
         batch: Batch,
         said: Answers,
         *,
+        unlabelled: int,
         scored: Scored,
         drifts: tuple[DriftReport, ...],
         swap: Swap | None,
         ages: Tensor,
         priorities: Tensor,
-        learned: list[Learned],
+        learned: tuple[Learned, ...],
         taught: int,
         faults: tuple[Fault, ...],
     ) -> Report:
         cohort, guidance, names = self.cohort, self.guidance, self.cohort.names
-        stepped = any(isfinite(norm) for result in learned for norm in result.norms)
         counts = {peer.name: unsound(peer) for peer in cohort.peers}
         return Report(
             step=self.steps,
             updates=guidance.updates,
             records=self.records,
             size=len(batch),
-            unlabelled=said.y.tolist().count(UNLABELLED),
-            trained=scored.y.shape[0] - len(faults) if stepped else 0,
+            unlabelled=unlabelled,
             faults=faults,
             classes=self._met,
             rate=guidance.rate(),
             accuracy=self.accuracy,
             position=batch.position,
-            log_p=said.log_p[: len(cohort)],
+            log_p=said.log_p,
             served=said.served,
             taught=taught,
             scored=scored,
             teacher=names[self.roles.teacher],
-            peers=self._peer_reports(learned, counts),
-            learned=tuple(learned),
+            # Whatever changes of what these hold is replaced, so it will be the same when they are worked out.
+            peers=Later(
+                partial(
+                    peer_reports,
+                    unsound=counts,
+                    learned=learned,
+                    weights=self.served.weights,
+                    losses=guidance.losses,
+                    accuracies=guidance.accuracies,
+                    softness=guidance.softness,
+                    capacities=guidance.capacities,
+                    teacher=self.roles.teacher,
+                    answers=self.transfer.answers,
+                    taught_by=self.transfer.teacher,
+                )
+            ),
+            learned=learned,
             unsound=counts,
-            alphas={(cohort.source_names[i], names[j]): value for (i, j), value in guidance.alphas.items()},
+            alphas=Later(partial(by_name, guidance.alphas, cohort.source_names)),
             drift=drifts,
             swap=None if swap is None else SwapReport(names[swap.before], names[swap.after], swap.reason),
             replay=ReplayReport(len(self.replay), self.replay.capacity, self._window(), priorities, ages),
@@ -402,43 +423,6 @@ class Engine:
             expired=self.pending.expired,
             seconds=self._seconds,
         )
-
-    def _peer_reports(self, learned: Sequence[Learned], counts: Mapping[str, Mapping[str, int]]) -> Later:
-        # All of these are replaced when they change, so what is here now is here for good.
-        guidance, names, weights = self.guidance, self.cohort.names, self.served.weights
-        size = len(names)
-        answers, taught_by = self.transfer.answers, self.transfer.teacher
-        losses, accuracies, softness = guidance.losses, guidance.accuracies, guidance.softness
-        capacities, teacher = guidance.capacities, self.roles.teacher
-
-        def work_out() -> list[PeerReport]:
-            shares = weights.view(2, size).sum(0).tolist()
-            told = means(learned).mean(0) if learned else np.zeros((5, size))
-            transferred = efficiencies(answers, taught_by)
-            capacity = capacities[teacher]
-            return [
-                PeerReport(
-                    weight=shares[i],
-                    loss=losses[i],
-                    accuracy=accuracies[i],
-                    temperature=softness[i],
-                    hard=hard,
-                    soft=soft,
-                    total=total,
-                    divergence=divergence,
-                    gradient_norm=norm,
-                    skipped=count["skipped"],
-                    rollbacks=count["rolled_back"],
-                    restarts=count["restarted"],
-                    capacity_ratio=capacities[i] / capacity if capacities[i] and capacity else nan,
-                    transfer_efficiency=transferred[i],
-                )
-                for i, (count, (hard, soft, divergence, total, norm)) in enumerate(
-                    zip(counts.values(), told.T.tolist(), strict=True)
-                )
-            ]
-
-        return Later(names, work_out)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state that determines the future, as plain values and tensors: a copy, which later steps leave."""
@@ -502,8 +486,6 @@ class Engine:
 
 def _faults(batch: Batch, answers: Answers, faulty: list[int]) -> tuple[Fault, ...]:
     """Tell which records no update could be made on; those that waited for their labels come first in `answers`."""
-    if not faulty:
-        return ()
     own = labelled(batch.y).nonzero()[:, 0].tolist()
     waited = len(answers) - len(own)
     return tuple(

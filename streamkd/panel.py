@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import torch
@@ -55,7 +56,8 @@ class Panel:
             if told is not None:
                 return told
         if len(x):
-            logits = self.cohort.predict(self._inputs(x), len(seen)).cpu()  # read once: all that follows is the CPU's
+            with self._untracked():
+                logits = self.cohort.predict(self._inputs(x), len(seen)).cpu()  # read once: what follows is the CPU's
         else:
             logits = torch.zeros(2 * len(self.cohort), 0, len(seen))
         log_p = mask_unseen(logits, seen).log_softmax(-1)
@@ -67,6 +69,10 @@ class Panel:
         """Why answers that were to be compiled are not; empty where they are, or were not to be."""
         return self.say.trouble if self.say else ""
 
+    def _untracked(self) -> AbstractContextManager[None]:
+        """Keep nothing for autograd where nobody asks for it: what it keeps costs some 4 % of a step."""
+        return torch.inference_mode(self.cohort.by_hand)
+
     def _said(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor] | None:
         """Answer by the compiled function; None where it cannot be compiled, or anything is not finite."""
         fused, say, n = self.cohort.fused, self.say, len(x)
@@ -76,7 +82,8 @@ class Panel:
             x = torch.cat([x, x.new_zeros(short, *x.shape[1:])])
         learned = (self._served.weights, *(self._pool.learned if self._pool else ()))
         given = [one.to(x.device) for one in (fused.widened(seen), *learned)]
-        told = say(fused.weights, x, *given, *self._inputs.scale(x))
+        with self._untracked():
+            told = say(fused.weights, x, *given, *self._inputs.scale(x))
         if told is None:
             return None
         everything = told[0].cpu().numpy()[:, :n, : len(seen)]  # read once

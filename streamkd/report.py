@@ -1,26 +1,27 @@
 """What happened on one batch, frozen and complete: the only thing that the eyes ever see."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from math import isfinite, log
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass
+from math import isfinite, log, nan
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from streamkd.lesson import Learned
+from streamkd.lesson import Learned, means
+from streamkd.transfer import Classes, efficiencies
 
 SERVED = "served"
 """The name of the served answer, beside the names of the peers."""
 FLOOR = 1e-6
 """No answer is charged with more than -ln of this: one bold mistake must not silence anyone for ever."""
 LOG_FLOOR = log(FLOOR)
+K = TypeVar("K")
+V = TypeVar("V")
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Scored:
+class Scored(NamedTuple):
     """The prequential score of the records whose labels came with this batch.
 
     Attributes:
@@ -116,6 +117,65 @@ class PeerReport:
     transfer_efficiency: float
 
 
+def peer_reports(
+    *,
+    unsound: Mapping[str, Mapping[str, int]],
+    learned: Sequence[Learned],
+    weights: Tensor,
+    losses: Sequence[float],
+    accuracies: Sequence[float],
+    softness: Sequence[float],
+    capacities: Sequence[float],
+    teacher: int,
+    answers: Classes,
+    taught_by: int,
+) -> dict[str, PeerReport]:
+    """Report on every peer.
+
+    Args:
+        unsound: by name, in order, see `Report`.
+        learned: what each update of the batch did.
+        weights: `[2 * peers]`, of the members in the served answer.
+        losses: a value a peer, as are the next three; see `Guidance`.
+        accuracies: likewise.
+        softness: likewise.
+        capacities: likewise.
+        teacher: index of the peer in office.
+        answers: `[peers, records]`, class indices, by which transfer efficiency is measured.
+        taught_by: index of the teacher that they were given beside.
+    """
+    shares = weights.view(2, -1).sum(0).tolist()
+    told = means(learned).mean(0) if learned else np.zeros((5, len(unsound)))
+    transferred = efficiencies(answers, taught_by)
+    capacity = capacities[teacher]
+    return {
+        name: PeerReport(
+            weight=shares[i],
+            loss=losses[i],
+            accuracy=accuracies[i],
+            temperature=softness[i],
+            hard=hard,
+            soft=soft,
+            total=total,
+            divergence=divergence,
+            gradient_norm=norm,
+            skipped=counts["skipped"],
+            rollbacks=counts["rolled_back"],
+            restarts=counts["restarted"],
+            capacity_ratio=capacities[i] / capacity if capacities[i] and capacity else nan,
+            transfer_efficiency=transferred[i],
+        )
+        for i, ((name, counts), (hard, soft, divergence, total, norm)) in enumerate(
+            zip(unsound.items(), told.T.tolist(), strict=True)
+        )
+    }
+
+
+def by_name(alphas: Mapping[tuple[int, int], float], names: Sequence[str]) -> dict[tuple[str, str], float]:
+    """Return the weights by names of source and student instead of their indices."""
+    return {(names[source], names[student]): alpha for (source, student), alpha in alphas.items()}
+
+
 class Unsound(Protocol):
     """What has counted how often it had no finite gradient, and what was done about it."""
 
@@ -137,36 +197,38 @@ def unsound(peer: Unsound) -> dict[str, int]:
     return {"skipped": peer.skipped, "rolled_back": peer.rollbacks, "restarted": peer.restarts}
 
 
-class Later(Mapping[str, PeerReport]):
-    """Reports of peers by name, worked out when somebody first asks for one: after most batches nobody does.
+class Later(Mapping[K, V]):
+    """A mapping that is worked out when somebody first looks into it: after most batches nobody does.
 
     Args:
-        names: of the peers.
-        work_out: returns their reports; it may look at nothing that changes.
+        work_out: returns it; it may look at nothing that changes.
     """
 
-    def __init__(self, names: Sequence[str], work_out: Callable[[], Sequence[PeerReport]]) -> None:
-        self._names = names
+    __slots__ = ("_made", "_work_out")
+
+    def __init__(self, work_out: Callable[[], dict[K, V]]) -> None:
         self._work_out = work_out
+        self._made: dict[K, V] | None = None
 
-    @cached_property
-    def _reports(self) -> dict[str, PeerReport]:
-        return dict(zip(self._names, self._work_out(), strict=True))
+    def _all(self) -> dict[K, V]:
+        if self._made is None:
+            self._made = self._work_out()
+        return self._made
 
-    def __getitem__(self, name: str) -> PeerReport:
-        """Return the report of a peer."""
-        return self._reports[name]
+    def __getitem__(self, key: K) -> V:
+        """Return the value of a key."""
+        return self._all()[key]
 
-    def __iter__(self) -> Iterator[str]:
-        """Yield the names."""
-        return iter(self._names)
+    def __iter__(self) -> Iterator[K]:
+        """Yield the keys."""
+        return iter(self._all())
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._all())
 
-    def __reduce__(self) -> tuple[type[dict[str, PeerReport]], tuple[dict[str, PeerReport]]]:
+    def __reduce__(self) -> tuple[type[dict[K, V]], tuple[dict[K, V]]]:
         """Go into a pickle as what was worked out."""
-        return dict, (self._reports,)
+        return dict, (self._all(),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +256,7 @@ class SwapReport:
     reason: str
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class ReplayReport:
+class ReplayReport(NamedTuple):
     """The memory: its size, the window it is drawn from, and the priorities and ages `[m]` of what was recalled."""
 
     size: int
@@ -220,9 +281,10 @@ class Fault:
     y: int
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Report:
+class Report(NamedTuple):
     """One batch through the engine.
+
+    It is made after every batch, and as a tuple in half of the time that a frozen dataclass takes.
 
     Attributes:
         step: batches so far; the first is 1.
@@ -230,13 +292,13 @@ class Report:
         records: records so far.
         size: records in this batch.
         unlabelled: of them, without a label.
-        trained: labelled records that were learned on this batch.
-        faults: labelled records that could not be.
+        faults: labelled records that could not be learned.
         classes: classes seen so far.
         rate: factor on every learning rate, raised at an alarm and then fading to 1.
         accuracy: of the served answer, running over 1,000 labelled records.
         position: where the feed stands after this batch.
-        log_p: `[peers, n, classes]`, what each peer said of the batch before any label of it was known.
+        log_p: `[sources, n, classes]`, what was said of the batch before any label of it was known: by the peers, then
+            by their averages, then by what a pool adds.
         served: `[n, classes]`, probabilities, the answer that was given, likewise.
         taught: records of the batch, without a label for good, that were learned from the served answer.
         scored: the prequential score.
@@ -253,7 +315,6 @@ class Report:
     records: int
     size: int
     unlabelled: int
-    trained: int
     faults: tuple[Fault, ...]
     classes: int
     rate: float
@@ -274,7 +335,13 @@ class Report:
     pending: int
     joined: int
     expired: int
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float]
+
+    @property
+    def trained(self) -> int:
+        """Labelled records that were learned on this batch: none where no peer took a step."""
+        stepped = any(isfinite(norm) for update in self.learned for norm in update.norms)
+        return self.scored.y.shape[0] - len(self.faults) if stepped else 0
 
     def summary(self) -> dict[str, Any]:
         """Return how things stand, in plain values, for people and their scripts."""

@@ -26,6 +26,9 @@ class Served:
         gamma_drift: likewise for `drift_batches` batches after an alarm.
         floor: the share of the weight that is spread evenly; 1 makes it a plain mean.
         averages: whether the second half of the members, the peers' averages, is heard.
+
+    Attributes:
+        weights: `[members]`, adding up to 1.
     """
 
     def __init__(
@@ -50,11 +53,7 @@ class Served:
         self._scores = scores
         heard = (1 - self.floor) * _softmax(scores[: self.voices]) + self.floor / self.voices
         self._weights = heard if self.voices == len(scores) else np.append(heard, np.zeros(len(scores) - self.voices))
-
-    @property
-    def weights(self) -> Tensor:
-        """`[members]`, adding up to 1."""
-        return torch.from_numpy(self._weights)
+        self.weights = torch.from_numpy(self._weights)
 
     def answer(self, log_p: Tensor) -> Tensor:
         """Mix the members' log-probabilities `[members, n, classes]` into the served probabilities `[n, classes]`.

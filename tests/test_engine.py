@@ -88,7 +88,7 @@ def test_each_peer_is_scored_on_what_it_said_itself() -> None:
     made = lively()
     for batch in batches():
         report = made.step(batch)
-        said = report.log_p[:, torch.arange(len(batch)), batch.y].clamp(min=LOG_FLOOR)
+        said = report.log_p[: len(made.cohort), torch.arange(len(batch)), batch.y].clamp(min=LOG_FLOOR)
         served = report.served[torch.arange(len(batch)), batch.y].log().clamp(min=LOG_FLOOR)
         assert torch.allclose(report.scored.losses, -torch.cat([said, served[None]]), atol=1e-5)
 

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -63,7 +61,7 @@ def test_recent_accuracy_is_that_of_the_last_thousand(sizes: list[int], seed: in
     for size in sizes:
         y, answers = torch.randint(0, 3, (size,), generator=chance), torch.randint(0, 3, (4, size), generator=chance)
         scored = Scored(("a", "b", "c", "served"), y, answers, torch.zeros(4, size))
-        tally.update(replace(told, scored=scored))
+        tally.update(told._replace(scored=scored))
         every.append(scored.right)
     for name, hits in zip(("a", "b", "c", "served"), torch.cat(every, 1), strict=True):
         assert tally.recent(name) == pytest.approx(float(hits[-WINDOW:].double().mean()))
