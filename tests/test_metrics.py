@@ -126,7 +126,7 @@ def test_few_reports_wait_where_they_are_large() -> None:
     told: list[int] = []
     waiting = Waiting(lambda reports: told.append(len(reports)), CollectorRegistry())
     small = engine().step(batches()[0])
-    large = small._replace(served=torch.zeros(MOST_NUMBERS // 4, 1))
+    large = small._replace(served=torch.zeros(small.size, MOST_NUMBERS // 4 // small.size))
     for report, count in ((small, 3 * MOST_WAITING), (large, 12)):
         for _ in range(count):
             waiting.add(report)
