@@ -14,8 +14,8 @@ from streamkd.report import Report
 
 MOST_WAITING = 64
 """Reports that wait at the most."""
-MOST_NUMBERS = 200_000
-"""Numbers in their largest parts, likewise, by the first that waits: where these are large, fewer reports wait."""
+MOST_NUMBERS = 500_000
+"""Numbers in their largest parts, likewise: where these are large, fewer reports wait."""
 
 
 class BulkHistogram(Collector):
@@ -106,18 +106,21 @@ class Waiting(Collector):
     def __init__(self, add_up: Callable[[Sequence[Report]], None], registry: CollectorRegistry) -> None:
         self._add_up = add_up
         self._reports: list[Report] = []
-        self._room = 0.0
+        self._numbers = 0
+        self._shape, self._each = (-1, -1), 0
         self._lock = Lock()  # the registry is read on another thread
         registry.register(self)
 
     def add(self, report: Report) -> None:
         """Keep a report until it is added up."""
         with self._lock:
-            if not self._reports:
-                self._room = MOST_NUMBERS / _width(report)
             self._reports.append(report)
-            self._room -= report.size
-            if len(self._reports) >= MOST_WAITING or self._room <= 0:
+            shape = report.size, len(report.learned)
+            if shape != self._shape:  # or else there are about as many numbers as in the report before
+                self._shape = shape
+                self._each = report.log_p.numel() + sum(update.parts.numel() for update in report.learned)
+            self._numbers += self._each
+            if len(self._reports) >= MOST_WAITING or self._numbers >= MOST_NUMBERS:
                 self._hand_over()
 
     def collect(self) -> Iterator[Metric]:
@@ -128,10 +131,5 @@ class Waiting(Collector):
         return iter(())
 
     def _hand_over(self) -> None:
-        reports, self._reports = self._reports, []
+        reports, self._reports, self._numbers = self._reports, [], 0
         self._add_up(reports)
-
-
-def _width(report: Report) -> float:
-    """Return how many numbers the largest parts of a report hold for each of its records."""
-    return (report.served.numel() + sum(update.parts.numel() for update in report.learned)) / max(1, report.size)

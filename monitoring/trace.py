@@ -1,7 +1,7 @@
 """The course of a run: recent accuracy over time, in bounded memory however long the stream."""
 
 from monitoring.prequential import WINDOW, Tally
-from streamkd.report import SERVED, Report
+from streamkd.report import Report
 
 MOST_POINTS = 2_000
 
@@ -25,7 +25,7 @@ class Trace:
         if tally.scored < self._next:
             return
         self.records.append(tally.scored)
-        for name in [*report.peers, SERVED]:
+        for name in report.scored.names:
             self.accuracy.setdefault(name, []).append(tally.recent(name))
         if len(self.records) >= MOST_POINTS:
             self.records = self.records[1::2]

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -262,7 +263,7 @@ class Cohort:
         if kept:
             learned = backward(lesson.rows(kept))
             losses[kept] = learned.parts[0].nanmean(0)
-        return learned._replace(losses=losses, faulty=tuple(faulty))
+        return replace(learned, losses=losses, faulty=tuple(faulty))
 
     def _discard(self) -> None:
         """Throw away all gradients."""

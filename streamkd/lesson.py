@@ -1,10 +1,10 @@
 """What one update learns from, and what it did."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +113,8 @@ def _filled(rows: Sequence[Tensor | None], parts: Sequence[Lesson], value: float
     return torch.cat(like)
 
 
-class Learned(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class Learned:
     """What one update did.
 
     Its tensors are to be read: where no update is left to autograd, they are torch's inference tensors, which cannot be
@@ -182,7 +183,8 @@ def _beside(parts: Sequence[Tensor], along: int = 0) -> NDArray[Any]:
 
 def side_by_side(lesson: Lesson, parts: Sequence[Learned]) -> Learned:
     """Tell of one update that was made ready in parts, which share their norms."""
-    return parts[0]._replace(
+    return replace(
+        parts[0],
         y=lesson.y,
         weights=lesson.weights,
         losses=torch.cat([part.losses for part in parts]),

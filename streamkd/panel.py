@@ -70,7 +70,7 @@ class Panel:
         return self.say.trouble if self.say else ""
 
     def _untracked(self) -> AbstractContextManager[None]:
-        """Keep nothing for autograd where nobody asks for it: what it keeps costs some 4 % of a step."""
+        """Keep nothing for autograd of what the members say, where none of them learns by it."""
         return torch.inference_mode(self.cohort.by_hand)
 
     def _said(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -21,7 +21,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Scored(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class Scored:
     """The prequential score of the records whose labels came with this batch.
 
     Attributes:
@@ -256,7 +257,8 @@ class SwapReport:
     reason: str
 
 
-class ReplayReport(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)
+class ReplayReport:
     """The memory: its size, the window it is drawn from, and the priorities and ages `[m]` of what was recalled."""
 
     size: int
@@ -284,7 +286,8 @@ class Fault:
 class Report(NamedTuple):
     """One batch through the engine.
 
-    It is made after every batch, and as a tuple in half of the time that a frozen dataclass takes.
+    It is made after every batch, and as a tuple in half of the time that a frozen dataclass takes; but it is like no
+    other.
 
     Attributes:
         step: batches so far; the first is 1.
@@ -339,7 +342,7 @@ class Report(NamedTuple):
 
     @property
     def trained(self) -> int:
-        """Labelled records that were learned on this batch: none where no peer took a step."""
+        """Labelled records, of those in `scored`, that were learned on this batch: none where no peer took a step."""
         stepped = any(isfinite(norm) for update in self.learned for norm in update.norms)
         return self.scored.y.shape[0] - len(self.faults) if stepped else 0
 
@@ -360,3 +363,7 @@ class Report(NamedTuple):
             "replay": {"size": self.replay.size, "capacity": self.replay.capacity, "window": self.replay.window},
             "pending": self.pending,
         }
+
+
+for _comparison in ("__eq__", "__ne__", "__hash__"):  # not a tuple's, which would compare tensors
+    setattr(Report, _comparison, getattr(object, _comparison))

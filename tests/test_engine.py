@@ -21,11 +21,12 @@ from streamkd import (
     Pool,
     Recall,
     ReplayBuffer,
+    Report,
     checkpoint,
 )
 from streamkd.drift import never
 from streamkd.inputs import Raw
-from streamkd.logits import mask_unseen
+from streamkd.logits import UNSEEN, mask_unseen
 from streamkd.models import mlp
 from streamkd.report import LOG_FLOOR
 
@@ -390,13 +391,54 @@ def test_where_nothing_of_a_batch_can_be_learned_it_is_told_and_learning_goes_on
 
 
 def test_a_report_that_is_read_later_tells_what_was_then() -> None:
-    told = []
-    for kept in (dict, lambda peers: peers):
-        torch.manual_seed(0)
-        made = lively()
-        told.append([kept(made.step(batch).peers) for batch in batches(640)])
-    for at_once, later in zip(*told, strict=True):
-        assert str(dict(later)) == str(at_once)  # where a NaN is like another
+    def told(report: Report) -> str:
+        return repr((dict(report.peers), dict(report.alphas), report.trained, report.summary()))
+
+    stream = batches(late=True)
+    torch.manual_seed(0)
+    read = lively()
+    at_once = [told(read.step(batch)) for batch in stream]
+    torch.manual_seed(0)
+    made = lively()
+    kept = [made.step(batch) for batch in stream]
+    made.load_state_dict(stored(read.state_dict()))
+    for batch in stream[:20]:
+        made.step(batch)
+    assert [told(report) for report in kept] == at_once
+    assert any(report.swap for report in kept)
+    assert any(report.drift for report in kept)
+
+
+def test_reports_can_be_told_apart() -> None:
+    made = engine()
+    reports = [made.step(batch) for batch in batches(64)]
+    assert len({*reports, *reports}) == len(reports) == 4
+    assert reports.index(reports[3]) == 3
+    with pytest.raises(AttributeError):
+        reports[0].step = 7
+
+
+def test_all_that_was_said_is_told_peers_first_then_averages_then_the_pool() -> None:
+    made = engine(pool=Pool(6, LabelRates(CLASSES)))
+    for batch in batches()[:20]:
+        said = made.cohort.predict(made.inputs(batch.x)).masked_fill(~made.seen, UNSEEN).log_softmax(-1)
+        report = made.step(batch)
+        assert len(report.log_p) == 6 + len(LabelRates(CLASSES)) + 2
+        assert torch.allclose(report.log_p[:6], said, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", [None, Pool(4, LabelRates(CLASSES))])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_what_is_told_can_be_computed_with(pool: Pool | None, *, by_hand: bool) -> None:
+    made = alike(pool=pool)
+    made.cohort.by_hand = by_hand
+    scale = torch.ones((), requires_grad=True)
+    for batch in batches(64):
+        report = made.step(batch)
+        for one in (report.log_p, report.served, report.scored.losses, report.replay.priorities, made.predict(batch.x)):
+            (one * scale).sum().backward()
+            one.add_(0.0)
+    assert scale.grad is not None
 
 
 def test_two_engines_of_one_state_go_their_own_ways() -> None:
@@ -425,10 +467,10 @@ def test_inputs_that_carry_a_gradient_are_taken_as_they_are() -> None:
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=0.1), "adam": partial(torch.optim.Adam, lr=0.01, fused=True)}
 
 
-def alike(optimizer: str = "sgd") -> Engine:
+def alike(optimizer: str = "sgd", **parts: Any) -> Engine:
     """An engine of which nothing is left to autograd."""
     build = partial(mlp, (5,), CLASSES, widths=(8,))
-    return Engine([Peer(name, build, OPTIMIZERS[optimizer], seed=1) for name in "ab"], CLASSES)
+    return Engine([Peer(name, build, OPTIMIZERS[optimizer], seed=1) for name in "ab"], CLASSES, **parts)
 
 
 def test_it_comes_to_the_same_whether_autograd_could_follow_or_not() -> None:

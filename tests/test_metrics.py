@@ -6,15 +6,19 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from stack import needs
-from worlds import batches, engine, lively
+from worlds import batches, engine, lively, world
 
 from monitoring.bulk import MOST_NUMBERS, MOST_WAITING, Waiting
 from monitoring.delays import LabelDelays
 from monitoring.metrics import Metrics
+from monitoring.prequential import Tally
+from monitoring.trace import Trace
 from runners.daemon import teaching_pairs
 from runners.feeds import REASONS, RESETS, STAGES
-from streamkd import UNLABELLED, Batch, Engine
+from streamkd import UNLABELLED, Batch, Engine, Report
+from streamkd.labels import Pending
 from streamkd.lesson import agreement
+from streamkd.report import peer_reports
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics.txt"
 
@@ -126,11 +130,62 @@ def test_few_reports_wait_where_they_are_large() -> None:
     told: list[int] = []
     waiting = Waiting(lambda reports: told.append(len(reports)), CollectorRegistry())
     small = engine().step(batches()[0])
-    large = small._replace(served=torch.zeros(small.size, MOST_NUMBERS // 4 // small.size))
+    large = small._replace(size=4 * small.size, log_p=torch.zeros(MOST_NUMBERS // 4, 1))
     for report, count in ((small, 3 * MOST_WAITING), (large, 12)):
         for _ in range(count):
             waiting.add(report)
     assert told == [MOST_WAITING] * 3 + [4] * 3
+
+
+def test_a_batch_of_nothing_is_a_step_like_any_other() -> None:
+    """A feed may move on without records, and records may be given up while none come."""
+    made = engine()
+    metrics = metrics_of(made)
+    asked = batches()[0]
+    unknown = torch.full_like(asked.y, UNLABELLED)
+    metrics.observe(made.step(Batch(asked.x, unknown, tuple(map(str, range(len(asked)))))), now=1.0)
+    generate_latest(metrics.registry)  # nothing waits any more
+    for late in ({"0": UNLABELLED}, {"a stranger": 1}, {}):
+        metrics.observe(made.step(Batch(asked.x[:0], asked.y[:0], late=late)), now=2.0)
+    assert metrics.registry.get_sample_value("streamkd_steps_total") == 4
+    assert metrics.registry.get_sample_value("streamkd_labels_expired_total") == 1
+
+
+def test_what_waits_is_bounded_whatever_came_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 100_000
+    monkeypatch.setattr("monitoring.bulk.MOST_NUMBERS", most)
+    made, count = engine(pending=Pending(100_000)), 800
+    x, y = world(count)
+    names = [tuple(f"{step}-{row}" for row in range(count)) for step in range(20)]
+    for ids in names:
+        made.step(Batch(x, torch.full_like(y, UNLABELLED), ids))
+    alone = [made.step(Batch(x[:0], y[:0], late=dict(zip(ids, y.tolist(), strict=True)))) for ids in names]
+
+    def numbers(report: Report) -> int:
+        return report.log_p.numel() + sum(update.parts.numel() for update in report.learned)
+
+    assert sum(map(numbers, alone)) > 4 * most
+    for first in (Batch(x[:0], y[:0]), Batch(x, torch.full_like(y, UNLABELLED)), Batch(x[:1], y[:1])):
+        told: list[int] = []
+        waiting = Waiting(lambda some: told.append(sum(map(numbers, some))), CollectorRegistry())  # noqa: B023
+        for report in (made.step(first), *alone):
+            waiting.add(report)
+        assert 0 < max(told) < most + max(map(numbers, alone))
+
+
+def test_of_peers_nothing_is_worked_out_until_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("streamkd.engine.peer_reports", lambda **given: asked.append("") or peer_reports(**given))
+    made = lively()
+    metrics, tally, trace = metrics_of(made), Tally(), Trace()
+    for batch in batches():
+        report = made.step(batch)
+        metrics.observe(report, now=1.0)
+        tally.update(report)
+        trace.update(report, tally)
+    assert not asked
+    assert set(report.peers) == set(made.cohort.names)
+    assert len(asked) == 1
 
 
 def test_summaries_are_of_what_the_reports_said_of_each_peer() -> None:
